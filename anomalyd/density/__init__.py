@@ -1,0 +1,1 @@
+"""Explicit image densities in torch: one paper, one file."""

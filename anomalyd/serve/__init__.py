@@ -1,0 +1,1 @@
+"""The daemon: HTTP in, verdicts and metrics out."""

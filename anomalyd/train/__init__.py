@@ -1,0 +1,1 @@
+"""From a folder of normal images to a bundle: data, recipes, the loop, export."""
