@@ -1,0 +1,198 @@
+"""A working 4x4 bundle, made without torch, whose density is known in closed form.
+
+    p(x) = product over the 16 pixels of q(x_i),      q(v) proportional to exp(-v / 24)
+
+Pixels are independent and dark ones more likely. `tiny_bundle` writes it as a bundle; `draw` gives
+images that follow it (normals), bright images are outliers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from anomalyd.detect.bundle import (
+    Calibration,
+    Golden,
+    Manifest,
+    pack_calibration,
+    pack_golden,
+    write_bundle,
+)
+from anomalyd.images import ImageSpec
+
+SIDE = 4
+STATISTICS = ("max_pixel_nll", "mean_intensity")
+_weights = np.exp(-np.arange(256) / 24)
+PROBABILITIES = _weights / _weights.sum()  # float64 (256,): q
+NLL = -np.log(PROBABILITIES)  # float64 (256,), nats
+
+
+def draw(n: int, seed: int = 0) -> np.ndarray:
+    """Images from the density itself: uint8 (n, 4, 4, 1)."""
+    rng = np.random.default_rng(seed)
+    return rng.choice(256, (n, SIDE, SIDE, 1), p=PROBABILITIES).astype(np.uint8)
+
+
+def nll(images: np.ndarray) -> np.ndarray:
+    """Exact -log p(x): float64 (N,), nats."""
+    return NLL[images].sum(axis=(1, 2, 3))
+
+
+def statistics(images: np.ndarray) -> np.ndarray:
+    """What the graph calls `statistics`: float32 (N, 2)."""
+    most, mean = NLL[images].max(axis=(1, 2, 3)), images.mean(axis=(1, 2, 3))
+    return np.stack([most, mean], axis=1).astype(np.float32)
+
+
+def typicality(values: np.ndarray, fit: np.ndarray) -> np.ndarray:
+    """|F(nll) - 1/2| with F the ranks in the fit split, growing on beyond its ends."""
+    below, upto = np.searchsorted(fit, values, "left"), np.searchsorted(fit, values, "right")
+    score = np.abs((below + upto) / (2 * len(fit)) - 0.5)
+    spread = np.subtract(*np.quantile(fit, [0.75, 0.25]))
+    beyond = np.maximum(fit[0] - values, values - fit[-1])
+    return np.where(beyond > 0, 0.5 + beyond / spread, score)
+
+
+def tiny_model() -> onnx.ModelProto:
+    """The graph: image -> log_likelihood, statistics, nll_map."""
+    node = helper.make_node
+    nodes = [
+        node("Cast", ["image"], ["index"], to=TensorProto.INT64),
+        node("Gather", ["table", "index"], ["nll_4d"]),
+        node("Squeeze", ["nll_4d", "last"], ["nll_64"]),
+        node("Cast", ["nll_64"], ["nll_map"], to=TensorProto.FLOAT),
+        node("ReduceSum", ["nll_64", "sides"], ["nll_sum"], keepdims=0),
+        node("Unsqueeze", ["nll_sum", "last_of_two"], ["nll_column"]),
+        node("Neg", ["nll_column"], ["log_64"]),
+        node("Cast", ["log_64"], ["log_likelihood"], to=TensorProto.FLOAT),
+        node("ReduceMax", ["nll_map", "sides"], ["most"], keepdims=0),
+        node("Unsqueeze", ["most", "last_of_two"], ["max_pixel_nll"]),
+        node("Cast", ["image"], ["grey"], to=TensorProto.FLOAT),
+        node("ReduceMean", ["grey", "pixels"], ["mean"], keepdims=0),
+        node("Unsqueeze", ["mean", "last_of_two"], ["mean_intensity"]),
+        node("Concat", ["max_pixel_nll", "mean_intensity"], ["statistics"], axis=1),
+    ]
+    constants = {
+        "table": NLL,
+        "last": np.array([3]),
+        "sides": np.array([1, 2]),
+        "pixels": np.array([1, 2, 3]),
+        "last_of_two": np.array([1]),
+    }
+    value = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        nodes,
+        "tiny",
+        [value("image", TensorProto.UINT8, ["N", SIDE, SIDE, 1])],
+        [
+            value("log_likelihood", TensorProto.FLOAT, ["N", 1]),
+            value("statistics", TensorProto.FLOAT, ["N", len(STATISTICS)]),
+            value("nll_map", TensorProto.FLOAT, ["N", SIDE, SIDE]),
+        ],
+        [numpy_helper.from_array(array, name) for name, array in constants.items()],
+    )
+    model = helper.make_model(
+        graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9, producer_name="tiny"
+    )
+    onnx.checker.check_model(model, full_check=True)
+    return model
+
+
+def tiny_calibration(n: int = 199, m: int = 400) -> Calibration:
+    """Calibrated on n drawn images, fitted on m others."""
+    from anomalyd.images import content_hash
+
+    fit, calibration = draw(m, seed=1), draw(n, seed=2)
+    fit_nll = np.sort(nll(fit))
+    return Calibration(
+        fit_nll=fit_nll,
+        fit_statistics=statistics(fit),
+        scores=np.sort(typicality(nll(calibration), fit_nll)),
+        p_table=np.arange(1, n + 2) / (n + 1),
+        training_hashes=np.sort(np.array([content_hash(x) for x in fit], np.uint64)),
+        calibration_hashes=np.sort(np.array([content_hash(x) for x in calibration], np.uint64)),
+    )
+
+
+def tiny_golden(g: int = 4) -> Golden:
+    """g drawn images with their exact scores."""
+    images = draw(g, seed=3)
+    return Golden(images, -nll(images)[:, None], statistics(images))
+
+
+def tiny_manifest(**changes: Any) -> Manifest:
+    """The manifest, with changes to its fields; `write_bundle` fills in `files`."""
+    manifest = Manifest(
+        format_version=1,
+        name="tiny",
+        version="1",
+        kind="density",
+        created="2026-01-01T00:00:00+00:00",
+        image=ImageSpec(height=SIDE, width=SIDE, channels=1),
+        likelihood="exact",
+        score_name="typicality",
+        guarantee={"kind": "marginal", "confidence": None},
+        classes=None,
+        priors=None,
+        outputs={
+            "log_likelihood": {"unit": "nats"},
+            "statistics": {"unit": "mixed"},
+            "nll_map": {"unit": "nats"},
+        },
+        statistics=list(STATISTICS),
+        default_alpha=0.01,
+        opset=18,
+        parameters=256,
+        bits_per_dim={"test": None},
+        tolerance={"CPUExecutionProvider": 1e-5},
+        calibration_n=199,
+        files={},
+        data_digest="synthetic",
+        licence="Apache-2.0",
+    )
+    return dataclasses.replace(manifest, **changes)
+
+
+def tiny_files(n: int = 199) -> dict[str, bytes]:
+    """Content of every file but manifest.json."""
+    return {
+        "model.onnx": tiny_model().SerializeToString(deterministic=True),
+        "calibration.npz": pack_calibration(tiny_calibration(n)),
+        "golden.npz": pack_golden(tiny_golden()),
+        "weights.safetensors": _safetensors("nll", NLL.astype("<f4")),
+        "recipe.toml": b'model = "tiny"\n',
+        "CARD.md": b"# tiny\n\nIndependent pixels, dark ones more likely.\n",
+    }
+
+
+def tiny_bundle(
+    tmp_path: Path, *, n: int = 199, files: dict[str, bytes] | None = None, **changes: Any
+) -> Path:
+    """Write the bundle into tmp_path/NAME and return that folder.
+
+    Args:
+        tmp_path: folder to write into.
+        n: calibration images.
+        files: file contents to add or to put in place of the usual ones.
+        changes: manifest fields to change; `name` is the folder's name, too.
+    """
+    changes.setdefault("default_alpha", max(0.01, 1 / (n + 1)))
+    manifest = tiny_manifest(calibration_n=n, **changes)
+    path = tmp_path / manifest.name
+    write_bundle(path, manifest, {**tiny_files(n), **(files or {})})
+    return path
+
+
+def _safetensors(name: str, array: np.ndarray) -> bytes:
+    entry = {"dtype": "F32", "shape": list(array.shape), "data_offsets": [0, array.nbytes]}
+    header = json.dumps({name: entry}, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return struct.pack("<Q", len(header)) + header + array.tobytes()
