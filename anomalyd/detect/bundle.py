@@ -20,13 +20,11 @@ import reprlib
 import shutil
 import stat
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import BinaryIO
 
 from anomalyd.detect.manifest import (
     FORMAT_VERSION,
@@ -38,8 +36,15 @@ from anomalyd.detect.manifest import (
     dump_manifest,
     parse_manifest,
 )
-from anomalyd.detect.npz import pack_arrays, unpack_arrays
 from anomalyd.detect.onnxfile import check_graph, scan_model
+from anomalyd.detect.tables import (
+    Calibration,
+    Golden,
+    pack_calibration,
+    pack_golden,
+    unpack_calibration,
+    unpack_golden,
+)
 from anomalyd.errors import BundleError
 
 __all__ = [
@@ -78,53 +83,6 @@ MAX_BYTES = {
 _FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
-_CALIBRATION = {
-    "fit_nll": ("<f8", 1),
-    "fit_statistics": ("<f4", 2),
-    "scores": ("<f8", 1),
-    "p_table": ("<f8", 1),
-    "training_hashes": ("<u8", 1),
-    "calibration_hashes": ("<u8", 1),
-}
-_GOLDEN = {"images": ("|u1", 4), "log_likelihood": ("<f8", 2), "statistics": ("<f4", 2)}
-
-
-@dataclass(frozen=True, eq=False)
-class Calibration:
-    """What turns raw scores into p-values, the content of `calibration.npz`.
-
-    Attributes:
-        fit_nll: float64 (m,), nats, ascending: -log-likelihood of the fit split.
-        fit_statistics: float32 (m, S): the graph's statistics on the fit split.
-        scores: float64 (n,), ascending: verdict scores of the calibration split.
-        p_table: float64 (n + 1,), strictly increasing in (0, 1]; the p-value of a score s is
-            p_table[number of calibration scores >= s].
-        training_hashes: uint64, ascending: images of train, validation and fit split.
-        calibration_hashes: uint64, ascending: images of the calibration split.
-    """
-
-    fit_nll: NDArray[np.float64]
-    fit_statistics: NDArray[np.float32]
-    scores: NDArray[np.float64]
-    p_table: NDArray[np.float64]
-    training_hashes: NDArray[np.uint64]
-    calibration_hashes: NDArray[np.uint64]
-
-
-@dataclass(frozen=True, eq=False)
-class Golden:
-    """Images and the raw scores that the graph must give them, the content of `golden.npz`.
-
-    Attributes:
-        images: uint8 (g, H, W, C), g >= 1.
-        log_likelihood: float64 (g, K), nats.
-        statistics: float32 (g, S).
-    """
-
-    images: NDArray[np.uint8]
-    log_likelihood: NDArray[np.float64]
-    statistics: NDArray[np.float32]
-
 
 @dataclass(frozen=True, eq=False)
 class Bundle:
@@ -161,22 +119,6 @@ class Bundle:
             raise BundleError(f"bundle {self.path}: {error}") from None
 
 
-def pack_calibration(calibration: Calibration) -> bytes:
-    """Bytes of `calibration.npz`; the same arrays always give the same bytes."""
-    return _pack(calibration, _CALIBRATION)
-
-
-def pack_golden(golden: Golden) -> bytes:
-    """Bytes of `golden.npz`; the same arrays always give the same bytes."""
-    return _pack(golden, _GOLDEN)
-
-
-def _pack(record: Calibration | Golden, expected: Mapping[str, tuple[str, int]]) -> bytes:
-    return pack_arrays(
-        {key: np.asarray(getattr(record, key), dtype) for key, (dtype, _) in expected.items()}
-    )
-
-
 # Reading
 
 
@@ -210,7 +152,7 @@ def read_bundle(path: str | Path) -> Bundle:
             return dataclasses.replace(_read_folder(folder), path=root)
         except BundleError as error:
             # A writer may have put another bundle here while this one was being read.
-            if before is None or _identity(_standing(root)) == before:
+            if _identity(_standing(root)) == before:
                 raise BundleError(f"bundle {root}: {error}") from None
 
 
@@ -220,16 +162,13 @@ def _read_folder(folder: Path) -> Bundle:
     _check_listing(manifest, present)
     content = {}
     for name, entry in manifest.files.items():
-        data = _read_verified(folder / name, entry)
-        if name.endswith((".onnx", ".npz")):  # the rest is carried, not used
-            content[name] = data
+        if name.endswith((".onnx", ".npz")):
+            content[name] = _read_verified(folder / name, entry)
+        else:  # carried for others, not used here
+            _verify(folder / name, entry)
     # From here on every byte is what the manifest promised, and parsing may begin.
-    calibration = Calibration(
-        **unpack_arrays(content["calibration.npz"], _CALIBRATION, "calibration.npz")
-    )
-    golden = Golden(**unpack_arrays(content["golden.npz"], _GOLDEN, "golden.npz"))
-    _check_calibration(manifest, calibration)
-    _check_golden(manifest, golden)
+    calibration = unpack_calibration(content["calibration.npz"], manifest)
+    golden = unpack_golden(content["golden.npz"], manifest)
     for name in content:
         if name.endswith(".onnx"):
             graph = scan_model(content[name], name)
@@ -311,115 +250,52 @@ def _check_files(files: Mapping[str, FileEntry]) -> None:
 
 def _read_verified(path: Path, entry: FileEntry) -> bytes:
     data = _read_file(path, entry["bytes"])
-    if len(data) != entry["bytes"]:
-        raise BundleError(
-            f"{path.name} has {len(data)} bytes where {MANIFEST} says {entry['bytes']}; "
-            "copy the bundle again"
-        )
-    found = hashlib.sha256(data).hexdigest()
-    if found != entry["sha256"]:
-        raise BundleError(
-            f"{path.name} has the SHA-256 {found[:16]}... where {MANIFEST} says "
-            f"{entry['sha256'][:16]}...; it was altered or damaged, copy the bundle again"
-        )
+    _compare(path.name, entry, len(data), hashlib.sha256(data).hexdigest())
     return data
 
 
+def _verify(path: Path, entry: FileEntry) -> None:
+    with _opened(path, entry["bytes"]) as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        _compare(path.name, entry, file.tell(), digest)
+
+
+def _compare(name: str, entry: FileEntry, size: int, digest: str) -> None:
+    if size != entry["bytes"]:
+        raise BundleError(
+            f"{name} has {size} bytes where {MANIFEST} says {entry['bytes']}; "
+            "it is truncated or altered, copy the bundle again"
+        )
+    if digest != entry["sha256"]:
+        raise BundleError(
+            f"{name} has the SHA-256 {digest[:16]}... where {MANIFEST} says "
+            f"{entry['sha256'][:16]}...; it is damaged or altered, copy the bundle again"
+        )
+
+
 def _read_file(path: Path, limit: int) -> bytes:
-    # Non-blocking, so that a FIFO cannot hang us; links are refused by the kernel where it can.
-    flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    with _opened(path, limit) as file:
+        return file.read(limit + 1)
+
+
+@contextmanager
+def _opened(path: Path, limit: int) -> Iterator[BinaryIO]:
+    """A plain file of at most `limit` bytes, opened without following a link or waiting."""
+    flags = os.O_RDONLY
+    for flag in ("O_NOFOLLOW", "O_NONBLOCK", "O_BINARY"):  # each where the system has it
+        flags |= getattr(os, flag, 0)
     try:
-        with open(os.open(path, flags | getattr(os, "O_BINARY", 0)), "rb") as file:
+        with open(os.open(path, flags), "rb") as file:
             status = os.fstat(file.fileno())
             _check_plain(path.name, status)
             if status.st_size > limit:
                 raise BundleError(
-                    f"{path.name} has {status.st_size} bytes; at most {limit} are expected"
+                    f"{path.name} has {status.st_size} bytes where at most {limit} are expected; "
+                    "it is altered or no bundle, copy the bundle again"
                 )
-            return file.read(limit + 1)
+            yield file
     except OSError as error:
         raise BundleError(f"{path.name} cannot be read: {error.strerror}") from None
-
-
-def _check_calibration(manifest: Manifest, c: Calibration) -> None:
-    n, width = len(c.scores), len(manifest.statistics)
-    expected = manifest.calibration_n
-    table = np.arange(1, n + 2) / (n + 1)
-    marginal = manifest.guarantee["kind"] == "marginal"
-    rules: list[tuple[bool, str]] = [
-        (len(c.fit_nll) >= 1, "fit_nll must not be empty"),
-        (n == expected, f"{n} scores where {MANIFEST} says calibration_n {expected}"),
-        (
-            c.fit_statistics.shape == (len(c.fit_nll), width),
-            f"fit_statistics must be {(len(c.fit_nll), width)}, not {c.fit_statistics.shape}",
-        ),
-        (len(c.p_table) == n + 1, f"p_table must have {n + 1} entries, not {len(c.p_table)}"),
-    ]
-    rules += [
-        (bool(np.isfinite(getattr(c, key)).all()), f"{key} must be finite")
-        for key, (dtype, _) in _CALIBRATION.items()
-        if dtype[1] == "f"
-    ]
-    rules += [
-        (_ascends(getattr(c, key)), f"{key} must be sorted in ascending order")
-        for key in ("fit_nll", "scores", "training_hashes", "calibration_hashes")
-    ]
-    _first_broken("calibration.npz", rules)
-    _first_broken(
-        "calibration.npz",
-        [
-            (
-                bool((c.p_table[1:] > c.p_table[:-1]).all() and 0 < c.p_table[0])
-                and c.p_table[-1] <= 1,
-                "p_table must increase strictly within (0, 1]",
-            ),
-            (
-                not marginal or bool(np.abs(c.p_table - table).max() <= 1e-12),
-                "p_table must be r / (n + 1) under a marginal guarantee",
-            ),
-            (
-                manifest.default_alpha >= c.p_table[0] * (1 - 1e-12),
-                f"default_alpha {manifest.default_alpha:g} is below the smallest p-value "
-                f"{c.p_table[0]:g}, so nothing could ever be flagged",
-            ),
-        ],
-    )
-
-
-def _check_golden(manifest: Manifest, g: Golden) -> None:
-    image = manifest.image
-    shape = (image.height, image.width, image.channels)
-    count, width = len(g.images), len(manifest.statistics)
-    rows = g.log_likelihood.shape
-    classes = manifest.classes
-    _first_broken(
-        "golden.npz",
-        [
-            (count >= 1, "images must not be empty"),
-            (g.images.shape[1:] == shape, f"images must be {shape}, not {g.images.shape[1:]}"),
-            (rows[0] == count and rows[1] >= 1, f"log_likelihood must have {count} rows"),
-            (
-                classes is None or rows[1] == len(classes),
-                f"log_likelihood must have one column per class, not {rows[1]}",
-            ),
-            (
-                g.statistics.shape == (count, width),
-                f"statistics must be {(count, width)}, not {g.statistics.shape}",
-            ),
-            (bool(np.isfinite(g.log_likelihood).all()), "log_likelihood must be finite"),
-            (bool(np.isfinite(g.statistics).all()), "statistics must be finite"),
-        ],
-    )
-
-
-def _first_broken(what: str, rules: list[tuple[bool, str]]) -> None:
-    for holds, message in rules:
-        if not holds:
-            raise BundleError(f"{what}: {message}; export the bundle again")
-
-
-def _ascends(array: NDArray[Any]) -> bool:
-    return bool((array[1:] >= array[:-1]).all())
 
 
 # Writing
@@ -445,7 +321,7 @@ def write_bundle(
         BundleError: `read_bundle` would refuse the result, something is there already, or the
             disk refuses.
     """
-    target = Path(path).resolve()
+    target = _resolved(Path(path))
     complete = _with_files(manifest, files)
     check_manifest(complete)
     _check_files(complete.files)
@@ -544,9 +420,13 @@ def _old(path: Path) -> Path:
 
 def _standing(path: Path) -> Path:
     """Where the bundle of that path stands: there, or set aside by a writer that was killed."""
-    resolved = path.resolve()
+    resolved = _resolved(path)
     old = _old(resolved)
     return old if old.is_dir() and not resolved.exists() else path
+
+
+def _resolved(path: Path) -> Path:
+    return Path(os.path.realpath(path))  # unlike Path.resolve, does not mind a loop of links
 
 
 def _name_of(entry: str) -> str | None:

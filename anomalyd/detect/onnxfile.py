@@ -29,10 +29,22 @@ MAX_FIELDS = 1_000_000
 MAX_DEPTH = 16  # of subgraphs within subgraphs
 STANDARD_DOMAINS = ("", "ai.onnx")
 RANDOM = frozenset(
-    ("Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform")
-    + ("RandomUniformLike",)
+    [
+        "Bernoulli",
+        "Multinomial",
+        "RandomNormal",
+        "RandomNormalLike",
+        "RandomUniform",
+        "RandomUniformLike",
+    ]
 )
-ELEMENT_TYPES = {1: "float32", 2: "uint8", 3: "int8", 6: "int32", 7: "int64", 9: "bool"} | {
+ELEMENT_TYPES = {
+    1: "float32",
+    2: "uint8",
+    3: "int8",
+    6: "int32",
+    7: "int64",
+    9: "bool",
     10: "float16",
     11: "float64",
 }
@@ -178,7 +190,10 @@ def _scan_sparse(sparse: _Message, where: str) -> None:
 
 def _scan_tensor(tensor: _Message, where: str) -> None:
     if tensor.has(13) or any(tensor.numbers(14)):
-        raise _Refused(f"external data in {where}: {_EXTERNAL}")
+        raise _Refused(
+            f"external data in {where}: it lies outside the bytes that were verified; "
+            "save the model with its data inside"
+        )
 
 
 def _tensor(value: _Message) -> Tensor:
@@ -333,11 +348,11 @@ def _wire(data: memoryview, budget: _Budget) -> Iterator[tuple[int, int | memory
 
 def _varint(data: memoryview, at: int) -> tuple[int, int]:
     value = shift = 0
-    for at in range(at, min(at + 10, len(data))):
-        byte = data[at]
+    for place in range(at, min(at + 10, len(data))):
+        byte = data[place]
         value |= (byte & 0x7F) << shift
         if byte < 0x80:
-            return value, at + 1
+            return value, place + 1
         shift += 7
     raise _malformed("a number that does not end")
 

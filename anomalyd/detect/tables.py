@@ -1,0 +1,158 @@
+"""The two tables of a bundle: what makes scores into p-values, and what proves the graph."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from anomalyd.detect.manifest import Manifest
+from anomalyd.detect.npz import pack_arrays, unpack_arrays
+from anomalyd.errors import BundleError
+
+__all__ = [
+    "Calibration",
+    "Golden",
+    "pack_calibration",
+    "pack_golden",
+    "unpack_calibration",
+    "unpack_golden",
+]
+
+_CALIBRATION = {
+    "fit_nll": ("<f8", 1),
+    "fit_statistics": ("<f4", 2),
+    "scores": ("<f8", 1),
+    "p_table": ("<f8", 1),
+    "training_hashes": ("<u8", 1),
+    "calibration_hashes": ("<u8", 1),
+}
+_GOLDEN = {"images": ("|u1", 4), "log_likelihood": ("<f8", 2), "statistics": ("<f4", 2)}
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """What turns raw scores into p-values, the content of `calibration.npz`.
+
+    Attributes:
+        fit_nll: float64 (m,), nats, ascending: -log-likelihood of the fit split.
+        fit_statistics: float32 (m, S): the graph's statistics on the fit split.
+        scores: float64 (n,), ascending: verdict scores of the calibration split.
+        p_table: float64 (n + 1,), strictly increasing in (0, 1]; the p-value of a score s is
+            p_table[number of calibration scores >= s].
+        training_hashes: uint64, ascending: images of train, validation and fit split.
+        calibration_hashes: uint64, ascending: images of the calibration split.
+    """
+
+    fit_nll: NDArray[np.float64]
+    fit_statistics: NDArray[np.float32]
+    scores: NDArray[np.float64]
+    p_table: NDArray[np.float64]
+    training_hashes: NDArray[np.uint64]
+    calibration_hashes: NDArray[np.uint64]
+
+
+@dataclass(frozen=True, eq=False)
+class Golden:
+    """Images and the raw scores that the graph must give them, the content of `golden.npz`.
+
+    Attributes:
+        images: uint8 (g, H, W, C), g >= 1.
+        log_likelihood: float64 (g, K), nats.
+        statistics: float32 (g, S).
+    """
+
+    images: NDArray[np.uint8]
+    log_likelihood: NDArray[np.float64]
+    statistics: NDArray[np.float32]
+
+
+def pack_calibration(calibration: Calibration) -> bytes:
+    """Bytes of `calibration.npz`; the same arrays always give the same bytes."""
+    return _pack(calibration, _CALIBRATION)
+
+
+def pack_golden(golden: Golden) -> bytes:
+    """Bytes of `golden.npz`; the same arrays always give the same bytes."""
+    return _pack(golden, _GOLDEN)
+
+
+def _pack(record: Calibration | Golden, expected: Mapping[str, tuple[str, int]]) -> bytes:
+    return pack_arrays(
+        {key: np.asarray(getattr(record, key), dtype) for key, (dtype, _) in expected.items()}
+    )
+
+
+def unpack_calibration(data: bytes, manifest: Manifest) -> Calibration:
+    """Content of `calibration.npz`, held against its own rules and the manifest.
+
+    Raises:
+        BundleError: naming the array, the rule and what was found.
+    """
+    calibration = Calibration(**unpack_arrays(data, _CALIBRATION, "calibration.npz"))
+    _refuse_broken("calibration.npz", _calibration_rules(calibration, manifest))
+    return calibration
+
+
+def unpack_golden(data: bytes, manifest: Manifest) -> Golden:
+    """Content of `golden.npz`, held against the manifest.
+
+    Raises:
+        BundleError: naming the array, the rule and what was found.
+    """
+    golden = Golden(**unpack_arrays(data, _GOLDEN, "golden.npz"))
+    _refuse_broken("golden.npz", _golden_rules(golden, manifest))
+    return golden
+
+
+# Rules are pairs (holds, text). They come from generators, so that a rule may rely on the ones
+# before it.
+_Rules = Iterator[tuple[bool | np.bool, str]]
+
+
+def _refuse_broken(what: str, rules: Iterable[tuple[bool | np.bool, str]]) -> None:
+    for holds, text in rules:
+        if not holds:
+            raise BundleError(f"{what}: {text}; export the bundle again")
+
+
+def _calibration_rules(c: Calibration, manifest: Manifest) -> _Rules:
+    n, width = len(c.scores), len(manifest.statistics)
+    stated, alpha = manifest.calibration_n, manifest.default_alpha
+    for key in ("fit_nll", "fit_statistics", "scores", "p_table"):
+        yield np.isfinite(getattr(c, key)).all(), f"{key} must be finite"
+    for key in ("fit_nll", "scores", "training_hashes", "calibration_hashes"):
+        array = getattr(c, key)
+        yield (array[1:] >= array[:-1]).all(), f"{key} must be sorted in ascending order"
+    yield len(c.fit_nll) >= 1, "fit_nll must not be empty"
+    yield _is_shape("fit_statistics", c.fit_statistics, (len(c.fit_nll), width))
+    yield n == stated, f"scores holds {n} where manifest.json says calibration_n {stated}"
+    yield _is_shape("p_table", c.p_table, (n + 1,))
+    smallest = c.p_table[0]
+    rises = smallest > 0 and (c.p_table[1:] > c.p_table[:-1]).all() and c.p_table[-1] <= 1
+    yield rises, "p_table must increase strictly within (0, 1]"
+    if manifest.guarantee["kind"] == "marginal":
+        ranks = np.arange(1, n + 2) / (n + 1)
+        yield (np.abs(c.p_table - ranks) <= 1e-12).all(), "a marginal p_table must be r / (n + 1)"
+    yield (
+        alpha >= smallest * (1 - 1e-12),
+        f"the smallest p-value is {smallest:g}, so at default_alpha {alpha:g} nothing is flagged",
+    )
+
+
+def _golden_rules(g: Golden, manifest: Manifest) -> _Rules:
+    image, count = manifest.image, len(g.images)
+    columns = len(manifest.classes) if manifest.classes else max(1, g.log_likelihood.shape[1])
+    yield count >= 1, "images must not be empty"
+    yield _is_shape("images", g.images, (count, image.height, image.width, image.channels))
+    yield _is_shape("log_likelihood", g.log_likelihood, (count, columns))
+    yield _is_shape("statistics", g.statistics, (count, len(manifest.statistics)))
+    for key in ("log_likelihood", "statistics"):
+        yield np.isfinite(getattr(g, key)).all(), f"{key} must be finite"
+
+
+def _is_shape(key: str, array: NDArray[Any], shape: tuple[int, ...]) -> tuple[bool, str]:
+    return array.shape == shape, f"{key} must have the shape {shape}, not {array.shape}"
