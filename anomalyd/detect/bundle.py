@@ -23,8 +23,8 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 from anomalyd.detect.manifest import (
     FORMAT_VERSION,
@@ -279,7 +279,7 @@ def _read_file(path: Path, limit: int) -> bytes:
 
 
 @contextmanager
-def _opened(path: Path, limit: int) -> Iterator[BinaryIO]:
+def _opened(path: Path, limit: int) -> Iterator[BufferedReader]:
     """A plain file of at most `limit` bytes, opened without following a link or waiting."""
     flags = os.O_RDONLY
     for flag in ("O_NOFOLLOW", "O_NONBLOCK", "O_BINARY"):  # each where the system has it

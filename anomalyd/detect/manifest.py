@@ -32,7 +32,7 @@ MAX_SIDE = 65_535
 
 # One component of a path, safe in a URL, a metric label and a terminal alike.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}")
-_IDENTIFIER = re.compile(r"[a-z][a-z0-9_]{0,63}")
+_WORD = re.compile(r"[a-z][a-z0-9_]{0,63}")
 _LIKELIHOOD = re.compile(r"exact|elbo|iwae-[1-9][0-9]{0,5}")
 
 
@@ -150,86 +150,53 @@ def check_manifest(manifest: Manifest) -> None:
     Raises:
         BundleError: naming the key, the rule and the value.
     """
-    for where, rule, value, holds in _rules(manifest):
+    for key, value, holds, rule in _rules(manifest):
         if not holds:
-            raise BundleError(f"manifest.json: {where} must be {rule}, not {reprlib.repr(value)}")
+            raise BundleError(f"manifest.json: {key} must be {rule}, not {reprlib.repr(value)}")
 
 
-def _rules(m: Manifest) -> Iterator[tuple[str, str, Any, bool]]:
-    image = m.image
-    yield "name", f"like {_NAME.pattern}", m.name, bool(_NAME.fullmatch(m.name))
-    yield "version", f"like {_NAME.pattern}", m.version, bool(_NAME.fullmatch(m.version))
-    yield "created", "an ISO 8601 time in UTC", m.created, _is_utc(m.created)
-    for side in ("height", "width"):
-        value = getattr(image, side)
-        yield f"image.{side}", f"from 1 to {MAX_SIDE}", value, 1 <= value <= MAX_SIDE
-    yield "image.channels", "1 or 3", image.channels, image.channels in (1, 3)
-    yield "image.levels", "from 2 to 256", image.levels, 2 <= image.levels <= 256
-    yield "image.resize", "area or lanczos", image.resize, image.resize in ("area", "lanczos")
-    policies = ("refuse", "crop", "resize")
-    yield (
-        "image.on_mismatch",
-        " or ".join(policies),
-        image.on_mismatch,
-        (image.on_mismatch in policies),
-    )
-    yield (
-        "likelihood",
-        "exact, elbo or iwae-K",
-        m.likelihood,
-        (_LIKELIHOOD.fullmatch(m.likelihood) is not None),
-    )
-    yield "score_name", f"like {_IDENTIFIER.pattern}", m.score_name, _is_identifier(m.score_name)
+def _rules(m: Manifest) -> Iterator[tuple[str, Any, bool, str]]:
+    yield "name", m.name, _matches(_NAME, m.name), f"like {_NAME.pattern}"
+    yield "version", m.version, _matches(_NAME, m.version), f"like {_NAME.pattern}"
+    yield "created", m.created, _is_utc(m.created), "an ISO 8601 time in UTC"
+    height, width, levels = m.image.height, m.image.width, m.image.levels
+    yield "image.height", height, 1 <= height <= MAX_SIDE, f"from 1 to {MAX_SIDE}"
+    yield "image.width", width, 1 <= width <= MAX_SIDE, f"from 1 to {MAX_SIDE}"
+    yield "image.levels", levels, 2 <= levels <= 256, "from 2 to 256"
+    likelihood, score = m.likelihood, m.score_name
+    yield "likelihood", likelihood, _matches(_LIKELIHOOD, likelihood), "exact, elbo or iwae-K"
+    yield "score_name", score, _matches(_WORD, score), f"like {_WORD.pattern}"
     confidence = m.guarantee["confidence"]
     if m.guarantee["kind"] == "marginal":
-        yield "guarantee.confidence", "null for marginal", confidence, confidence is None
+        yield "guarantee.confidence", confidence, confidence is None, "null for marginal"
     else:
-        yield (
-            "guarantee.confidence",
-            "within (0, 1) for conditional",
-            confidence,
-            (confidence is not None and 0 < confidence < 1),
-        )
-    yield (
-        "statistics",
-        f"different names like {_IDENTIFIER.pattern}",
-        m.statistics,
-        (_are_different(m.statistics) and all(map(_is_identifier, m.statistics))),
-    )
-    yield (
-        "outputs",
-        f"names like {_IDENTIFIER.pattern}",
-        list(m.outputs),
-        (all(map(_is_identifier, m.outputs))),
-    )
-    for required in ("log_likelihood", "statistics"):
-        yield "outputs", f"a table with {required}", list(m.outputs), required in m.outputs
-    if m.classes is not None:
-        yield (
-            "classes",
-            "different, non-empty names",
-            m.classes,
-            (bool(m.classes) and all(m.classes) and _are_different(m.classes)),
-        )
-    if m.priors is not None:
-        yield (
-            "priors",
-            "positive, one per class, with sum 1",
-            m.priors,
-            (
-                len(m.priors) == len(m.classes or ())
-                and all(0 < p <= 1 for p in m.priors)
-                and math.isclose(sum(m.priors), 1.0, abs_tol=1e-6)
-            ),
-        )
-    yield "default_alpha", "within (0, 1)", m.default_alpha, 0 < m.default_alpha < 1
-    yield "opset", "at least 1", m.opset, m.opset >= 1
-    yield "parameters", "at least 0", m.parameters, m.parameters >= 0
-    yield "calibration_n", "at least 1", m.calibration_n, m.calibration_n >= 1
+        inside = confidence is not None and 0 < confidence < 1
+        yield "guarantee.confidence", confidence, inside, "within (0, 1) for conditional"
+    for key, names in (("statistics", m.statistics), ("outputs", list(m.outputs))):
+        fine = all(_matches(_WORD, name) for name in names) and _are_different(names)
+        yield key, names, fine, f"different names like {_WORD.pattern}"
+    both = {"log_likelihood", "statistics"} <= m.outputs.keys()
+    yield "outputs", list(m.outputs), both, "at least log_likelihood and statistics"
+    classes, priors = m.classes, m.priors
+    if classes is not None:
+        fine = len(classes) > 0 and all(classes) and _are_different(classes)
+        yield "classes", classes, fine, "different names, none empty"
+    if priors is not None:
+        fine = len(priors) == len(classes or ()) and all(p > 0 for p in priors)
+        yield "priors", priors, fine, "positive, one per class"
+        yield "priors", priors, math.isclose(sum(priors), 1, abs_tol=1e-6), "of sum 1"
+    yield "default_alpha", m.default_alpha, 0 < m.default_alpha < 1, "within (0, 1)"
+    yield "opset", m.opset, m.opset >= 1, "at least 1"
+    yield "parameters", m.parameters, m.parameters >= 0, "at least 0"
+    yield "calibration_n", m.calibration_n, m.calibration_n >= 1, "at least 1"
     for split, bits in m.bits_per_dim.items():
-        yield f"bits_per_dim.{split}", "a finite number", bits, bits is None or math.isfinite(bits)
+        yield f"bits_per_dim.{split}", bits, bits is None or math.isfinite(bits), "finite or null"
     for provider, bits in m.tolerance.items():
-        yield f"tolerance.{provider}", "from 0 to 1 bits/dim", bits, 0 <= bits <= 1
+        yield f"tolerance.{provider}", bits, 0 <= bits <= 1, "from 0 to 1 bits/dim"
+
+
+def _matches(pattern: re.Pattern[str], text: str) -> bool:
+    return pattern.fullmatch(text) is not None
 
 
 def _is_utc(text: str) -> bool:
@@ -237,10 +204,6 @@ def _is_utc(text: str) -> bool:
         return datetime.fromisoformat(text).utcoffset() == timedelta(0)
     except ValueError:
         return False
-
-
-def _is_identifier(text: str) -> bool:
-    return _IDENTIFIER.fullmatch(text) is not None
 
 
 def _are_different(names: list[str]) -> bool:
