@@ -9,8 +9,10 @@ images that follow it (normals), bright images are outliers.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import struct
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -161,10 +163,15 @@ def tiny_manifest(**changes: Any) -> Manifest:
     return dataclasses.replace(manifest, **changes)
 
 
+@cache
+def _model_bytes() -> bytes:
+    return tiny_model().SerializeToString(deterministic=True)
+
+
 def tiny_files(n: int = 199) -> dict[str, bytes]:
     """Content of every file but manifest.json."""
     return {
-        "model.onnx": tiny_model().SerializeToString(deterministic=True),
+        "model.onnx": _model_bytes(),
         "calibration.npz": pack_calibration(tiny_calibration(n)),
         "golden.npz": pack_golden(tiny_golden()),
         "weights.safetensors": _safetensors("nll", NLL.astype("<f4")),
@@ -189,6 +196,20 @@ def tiny_bundle(
     path = tmp_path / manifest.name
     write_bundle(path, manifest, {**tiny_files(n), **(files or {})})
     return path
+
+
+def rewrite_manifest(path: Path, **changes: Any) -> None:
+    """Change keys of a bundle's manifest.json behind the writer's back."""
+    file = path / "manifest.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def put(path: Path, name: str, data: bytes) -> None:
+    """Put a file into a bundle behind the writer's back, listed with its true size and hash."""
+    (path / name).write_bytes(data)
+    files = json.loads((path / "manifest.json").read_text())["files"]
+    files[name] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+    rewrite_manifest(path, files=files)
 
 
 def _safetensors(name: str, array: np.ndarray) -> bytes:
