@@ -28,7 +28,8 @@ from anomalyd.detect.bundle import (
     pack_golden,
     write_bundle,
 )
-from anomalyd.images import ImageSpec
+from anomalyd.detect.statistics import typicality
+from anomalyd.images import ImageSpec, content_hash
 
 SIDE = 4
 STATISTICS = ("max_pixel_nll", "mean_intensity")
@@ -52,15 +53,6 @@ def statistics(images: np.ndarray) -> np.ndarray:
     """What the graph calls `statistics`: float32 (N, 2)."""
     most, mean = NLL[images].max(axis=(1, 2, 3)), images.mean(axis=(1, 2, 3))
     return np.stack([most, mean], axis=1).astype(np.float32)
-
-
-def typicality(values: np.ndarray, fit: np.ndarray) -> np.ndarray:
-    """|F(nll) - 1/2| with F the ranks in the fit split, growing on beyond its ends."""
-    below, upto = np.searchsorted(fit, values, "left"), np.searchsorted(fit, values, "right")
-    score = np.abs((below + upto) / (2 * len(fit)) - 0.5)
-    spread = np.subtract(*np.quantile(fit, [0.75, 0.25]))
-    beyond = np.maximum(fit[0] - values, values - fit[-1])
-    return np.where(beyond > 0, 0.5 + beyond / spread, score)
 
 
 def tiny_model() -> onnx.ModelProto:
@@ -110,8 +102,6 @@ def tiny_model() -> onnx.ModelProto:
 
 def tiny_calibration(n: int = 199, m: int = 400) -> Calibration:
     """Calibrated on n drawn images, fitted on m others."""
-    from anomalyd.images import content_hash
-
     fit, calibration = draw(m, seed=1), draw(n, seed=2)
     fit_nll = np.sort(nll(fit))
     return Calibration(
@@ -210,6 +200,11 @@ def put(path: Path, name: str, data: bytes) -> None:
     files = json.loads((path / "manifest.json").read_text())["files"]
     files[name] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
     rewrite_manifest(path, files=files)
+
+
+def check_line(error: Exception) -> None:
+    """An error message is one line that a terminal shows as it is."""
+    assert str(error).isprintable(), repr(error)
 
 
 def _safetensors(name: str, array: np.ndarray) -> bytes:

@@ -230,7 +230,7 @@ def _strict_json(data: bytes) -> dict[str, Any]:
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     keys = [key for key, _ in pairs]
-    for text in keys + [value for _, value in pairs if isinstance(value, str)]:
+    for text in keys + [text for _, value in pairs for text in _texts(value)]:
         # What a terminal would obey instead of show never gets as far as `bundle inspect`.
         if not text.isprintable():
             raise ValueError(f"unprintable character in {reprlib.repr(text)}")
@@ -238,6 +238,11 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(key for key in keys if keys.count(key) > 1)
         raise ValueError(f"duplicate key {reprlib.repr(twice)}")
     return dict(pairs)
+
+
+def _texts(value: Any) -> list[str]:
+    values = value if isinstance(value, list) else [value]
+    return [item for item in values if isinstance(item, str)]
 
 
 def _refuse_constant(text: str) -> NoReturn:
