@@ -1,0 +1,420 @@
+"""Where images come from: every form of the DATA and PATH arguments, streamed.
+
+    a folder of images           sub-folders are classes when labels are asked for
+    one image
+    IDX, gzipped or not          alone, or a folder of pairs: train-images-..., t10k-labels-...
+    .npy, .npz                   (N, H, W) or (N, H, W, C) uint8; .npz also `labels`
+    Parquet                      an image column: bytes, or a struct with a field `bytes`
+    a folder of those            train.parquet and test.parquet are its splits, say
+    train/ and test/ folders     among them roots with train/good, test/KIND, ground_truth/KIND
+
+`DATA:train` and `DATA:test` choose a split. A source never holds its images: it reads them one
+after the other, in an order that depends on names alone, again for each iteration. A folder is
+listed once, its names kept packed. Hidden files and files that are known to be no images (text,
+tables, licences) are left out; any other file is an item, if only to be named as unreadable.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from anomalyd.containers import (
+    Item,
+    Source,
+    Want,
+    open_idx,
+    open_npy,
+    open_npz,
+    open_parquet,
+)
+from anomalyd.errors import CorruptImage, SourceError, UsageError
+
+__all__ = ["Evaluation", "Item", "Source", "open_evaluation", "open_paths", "open_source"]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Normal images and what to tell them from.
+
+    Attributes:
+        normal: the normal images.
+        outliers: kind of outlier -> its images; empty unless the folder itself has them.
+        masks: `Item.source` of an outlier -> the image that marks its unusual pixels.
+    """
+
+    normal: Source
+    outliers: dict[str, Source] = field(default_factory=dict)
+    masks: dict[str, Path] = field(default_factory=dict)
+
+
+def open_source(
+    data: str | Path,
+    *,
+    split: str | None = None,
+    labels: bool = False,
+    group: str | None = None,
+) -> Source:
+    """Returns the source that a DATA argument names.
+
+    Args:
+        data: `PATH` or `PATH:SPLIT`.
+        split: the split to take where PATH has several and DATA names none.
+        labels: whether items carry labels: from sub-folders, the IDX label file or the column.
+        group: a regular expression on the path below DATA, of which the first group (or the
+            whole match) counts; for Parquet and .npz the name of a column.
+
+    Raises:
+        SourceError: there is no such thing, nothing in it can be read, or the split is unclear.
+        MissingExtra: Parquet without pyarrow.
+    """
+    path, asked = _parse(data)
+    want = Want(labels, group)
+    if not os.path.isdir(path):
+        if asked is not None:
+            raise SourceError(f"{path}: a file has no splits; give it without :{asked}")
+        return _Chain(str(data), (_open_file(path, want),))
+    listing = _list(path)
+    splits = _splits(listing)
+    chosen = _choose(path, splits, asked, split)
+    if chosen is None:
+        return _open_folder(str(data), listing, want)
+    members = splits[chosen]
+    if chosen in listing.folders:
+        good = os.path.join(path, "train", "good")
+        folder = good if chosen == "train" and _is_mvtec(path) else os.path.join(path, chosen)
+        return _open_folder(str(data), _list(folder), want, label="good" if folder == good else "")
+    return _open_folder(str(data), _Listing(path, members, []), want)
+
+
+def open_paths(
+    paths: Sequence[str | Path], *, labels: bool = False, group: str | None = None
+) -> Source:
+    """Returns the sources of several PATHs as one, in the order given.
+
+    What cannot be opened, or breaks off half way, is an item with its error among the others.
+
+    Raises:
+        SourceError: not one of the paths can be opened.
+        MissingExtra: Parquet without pyarrow.
+    """
+    sources: list[Source] = []
+    errors: list[SourceError] = []
+    for path in paths:
+        try:
+            opened = open_source(path, labels=labels, group=group)
+            sources.extend(opened.sources if isinstance(opened, _Chain) else [opened])
+        except SourceError as error:
+            errors.append(error)
+            sources.append(_Unreadable(str(path), str(error)))
+    if len(errors) == 1 == len(paths):
+        raise errors[0]
+    if len(errors) == len(paths):
+        first = errors[0] if errors else "no path was given"
+        raise SourceError(f"none of {len(paths)} paths can be read; the first: {first}")
+    return _Chain(", ".join(map(str, paths)), tuple(sources), lenient=True)
+
+
+def open_evaluation(data: str | Path, *, labels: bool = False) -> Evaluation:
+    """Returns what a `--normal DATA` argument names.
+
+    For a root with train/good and test/good: test/good as normal, every other folder in test/ as
+    a kind of outlier, and the masks in ground_truth/KIND, NAME.png or NAME_mask.png. For
+    anything else its images, all taken as normal.
+
+    Raises:
+        SourceError: as `open_source` does.
+    """
+    path, asked = _parse(data)
+    if asked is not None or not _is_mvtec(path):
+        return Evaluation(open_source(data, labels=labels))
+    want = Want(labels, None)
+    test = os.path.join(path, "test")
+    kinds: dict[str, Source] = {
+        kind: _open_folder(kind, _list(os.path.join(test, kind)), want, label=kind)
+        for kind in _list(test).folders
+    }
+    masks = {}
+    for kind, source in kinds.items():
+        folder = os.path.join(path, "ground_truth", kind)
+        if os.path.isdir(folder):
+            found = {
+                Path(name).stem.removesuffix("_mask"): Path(folder, name)
+                for name in _list(folder).files
+            }
+            masks.update(
+                {
+                    item.source: found[stem]
+                    for item in source
+                    if (stem := Path(item.source).stem) in found
+                }
+            )
+    return Evaluation(kinds.pop("good"), kinds, masks)
+
+
+# --- names, splits and listings ---------------------------------------------------------------
+
+_SPLIT_NAMES = {
+    "train": "train",
+    "test": "test",
+    "t10k": "test",
+    "val": "validation",
+    "valid": "validation",
+    "validation": "validation",
+}
+_SPLIT = re.compile(rf"(?:^|[-_.])({'|'.join(_SPLIT_NAMES)})(?=[-_.]|$)", re.IGNORECASE)
+_IDX = re.compile(r"[-_.](?:idx\d?|ubyte)(?:\.gz)?$", re.IGNORECASE)
+_CONTAINER = re.compile(rf"(?:\.npy|\.npz|\.parquet|{_IDX.pattern[:-1]})$", re.IGNORECASE)
+_NO_IMAGES = re.compile(
+    r"^\.|^(?:readme|licen[cs]e|copying|notice|thumbs\.db)$"
+    r"|\.(?:txt|csv|tsv|json|jsonl|md|rst|html|xml|ya?ml|toml|ini|log|py|sh|sha256|md5)$",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True)
+class _Listing:
+    """One folder: the names of its files and sub-folders, sorted."""
+
+    path: str
+    files: list[str]
+    folders: list[str]
+
+
+def _parse(data: str | Path) -> tuple[str, str | None]:
+    text = str(data)
+    if os.path.exists(text):
+        return text, None
+    path, colon, split = text.rpartition(":")
+    if colon and os.path.exists(path):
+        if split not in _SPLIT_NAMES:
+            known = ", ".join(sorted(set(_SPLIT_NAMES.values())))
+            raise SourceError(f"{path}: no split is called {split!r}; there can be {known}")
+        return path, _SPLIT_NAMES[split]
+    raise SourceError(f"{text}: no such file or folder; check the path")
+
+
+def _list(folder: str) -> _Listing:
+    files, folders = [], []
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.is_dir():
+                    if not entry.name.startswith("."):
+                        folders.append(entry.name)
+                elif not _NO_IMAGES.search(entry.name):
+                    files.append(entry.name)
+    except OSError as error:
+        raise SourceError(f"{folder}: the folder cannot be read: {error.strerror}") from error
+    return _Listing(folder, sorted(files), sorted(folders))
+
+
+def _splits(listing: _Listing) -> dict[str, list[str]]:
+    """Split -> its files, or its sub-folder."""
+    splits: dict[str, list[str]] = {}
+    nameless = False
+    for name in filter(_many_images, listing.files):
+        if found := _SPLIT.search(name):
+            splits.setdefault(_SPLIT_NAMES[found[1].lower()], []).append(name)
+        else:
+            nameless = True
+    if nameless and len(splits) == 1:
+        splits = {}  # "train.npz" beside "more.npz" is a name, not one of several splits
+    # Sub-folders are splits only where nothing else is: a class may be called "train".
+    folders = {name for name in listing.folders if name in _SPLIT_NAMES.values()}
+    if not splits and "train" in folders and not listing.files:
+        others = set(listing.folders) - folders - {"ground_truth"}
+        if not others:
+            splits = {name: [name] for name in sorted(folders)}
+    return splits
+
+
+def _many_images(name: str) -> bool:
+    is_labels = _IDX.search(name) and "labels" in name.lower()
+    return bool(_CONTAINER.search(name)) and not is_labels
+
+
+def _choose(
+    path: str, splits: dict[str, list[str]], asked: str | None, default: str | None
+) -> str | None:
+    there = ", ".join(sorted(splits, reverse=True))
+    if asked is not None:
+        if asked not in splits:
+            has = f"it has {there}" if splits else "it has no splits: give it without a suffix"
+            raise SourceError(f"{path}: there is no split {asked}; {has}")
+        return asked
+    if len(splits) <= 1:
+        return next(iter(splits), None)
+    if default is None or default not in splits:
+        first = there.split(", ")[0]
+        raise SourceError(f"{path}: it has the splits {there}; say which, as in {path}:{first}")
+    return default
+
+
+def _is_mvtec(path: str) -> bool:
+    return all(os.path.isdir(os.path.join(path, part, "good")) for part in ("train", "test"))
+
+
+# --- folders ----------------------------------------------------------------------------------
+
+
+def _open_folder(name: str, listing: _Listing, want: Want, *, label: str = "") -> Source:
+    members = tuple(_members(listing, listing.path, label, want, set()))
+    if sum(map(len, members)) == 0:
+        raise SourceError(f"{listing.path}: it holds no images; give a folder that does")
+    return _Chain(name, members)
+
+
+def _members(
+    listing: _Listing, root: str, label: str, want: Want, seen: set[tuple[int, int]]
+) -> Iterator[Source]:
+    status = os.stat(listing.path)
+    if (status.st_dev, status.st_ino) in seen:
+        return  # a link back to a folder above, or a second way to the same one
+    seen.add((status.st_dev, status.st_ino))
+    names = [name for name in listing.files if not _CONTAINER.search(name)]
+    if names:
+        if want.labels and not label:
+            raise SourceError(
+                f"{root}: {len(names)} images are in no class folder, such as {names[0]}; "
+                "labels need one sub-folder a class"
+            )
+        packed = b"\0".join(map(os.fsencode, names))
+        yield _Files(listing.path, root, packed, len(names), label if want.labels else None, want)
+    files = set(listing.files)
+    for name in filter(_many_images, listing.files):
+        if not (name.endswith(".gz") and name[:-3] in files):  # unpacked beside the packed one
+            yield _open_file(os.path.join(listing.path, name), want)
+    for folder in listing.folders:
+        inner = _list(os.path.join(listing.path, folder))
+        if len(splits := _splits(inner)) > 1:
+            raise SourceError(
+                f"{inner.path}: it has the splits {', '.join(splits)}; "
+                f"give one of them, as in {inner.path}:train"
+            )
+        yield from _members(inner, root, label or folder, want, seen)
+
+
+@dataclass(frozen=True)
+class _Files:
+    """The image files of one folder."""
+
+    name: str
+    root: str
+    packed: bytes  # names joined by NUL: a million of them take some 20 MB, as strings 80
+    count: int
+    label: str | None
+    want: Want
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[Item]:
+        group = _grouping(self.want.group, self.root)
+        for name in _unpack(self.packed):
+            path = os.path.join(self.name, name)
+            yield Item(_shown(path), None, Path(path), self.label, group(path))
+
+
+def _unpack(packed: bytes) -> Iterator[str]:
+    start = 0
+    while start <= len(packed):
+        end = packed.find(b"\0", start)
+        end = len(packed) if end < 0 else end
+        yield os.fsdecode(packed[start:end])
+        start = end + 1
+
+
+def _shown(path: str) -> str:
+    """The path without the lone surrogates that stand for undecodable bytes in file names."""
+    return path if path.isascii() else path.encode("utf-8", "backslashreplace").decode()
+
+
+def _grouping(group: str | None, root: str) -> Callable[[str], str | None]:
+    if group is None:
+        return lambda _: None
+    try:
+        pattern = re.compile(group)
+    except re.error as error:
+        raise UsageError(f"--group {group}: not a regular expression: {error}") from error
+
+    def of(path: str) -> str:
+        below = os.path.relpath(path, root).replace(os.sep, "/")
+        found = pattern.search(below)
+        if found is None:
+            raise SourceError(f"--group {group}: it matches nothing in {below}; widen it")
+        return found[1] if pattern.groups and found[1] is not None else found[0]
+
+    return of
+
+
+# --- single files -----------------------------------------------------------------------------
+
+
+def _open_file(path: str, want: Want) -> Source:
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise SourceError(f"{path}: neither a regular file nor a folder")
+        with open(path, "rb") as file:
+            magic = file.read(6)
+    except OSError as error:
+        raise SourceError(f"{path}: the file cannot be read: {error.strerror}") from error
+    lower = path.lower()
+    if magic.startswith(b"PAR1") or lower.endswith(".parquet"):
+        return open_parquet(path, want)
+    if magic == b"\x93NUMPY" or lower.endswith(".npy"):
+        return open_npy(path, want)
+    if magic.startswith(b"PK") or lower.endswith(".npz"):
+        return open_npz(path, want)
+    if magic.startswith((b"\x1f\x8b", b"\0\0\x08")) or _IDX.search(path):
+        return open_idx(path, want)
+    if want.labels:
+        raise SourceError(f"{path}: a single image has no label; give a folder of class folders")
+    folder, name = os.path.split(path)
+    return _Files(folder, folder or ".", os.fsencode(name), 1, None, want)
+
+
+# --- several sources --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Unreadable:
+    """A path that could not be opened, as the one item that says so."""
+
+    name: str
+    why: str
+
+    def __len__(self) -> int:
+        return 1
+
+    def __iter__(self) -> Iterator[Item]:
+        yield Item(_shown(self.name), None, b"", error=CorruptImage(self.why))
+
+
+@dataclass(frozen=True)
+class _Chain:
+    """Sources one after the other; a lenient one goes on behind a source that breaks off."""
+
+    name: str
+    sources: tuple[Source, ...]
+    lenient: bool = False
+
+    def __len__(self) -> int:
+        return sum(map(len, self.sources))
+
+    def __iter__(self) -> Iterator[Item]:
+        for source in self.sources:
+            count = 0
+            try:
+                for item in source:
+                    yield item
+                    count += 1
+            except SourceError as error:
+                if not self.lenient:
+                    raise
+                index = None if isinstance(source, _Files) else count
+                yield Item(_shown(source.name), index, b"", error=CorruptImage(str(error)))
