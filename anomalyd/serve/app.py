@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import logging
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,11 +25,10 @@ from urllib.parse import parse_qsl
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
-from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
+from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from anomalyd.detect.heatmap import heatmap_png
@@ -45,12 +45,15 @@ from anomalyd.serve.settings import ServeSettings
 
 __all__ = ["create_app"]
 
+logger = logging.getLogger(__name__)
+
 Pixels = NDArray[np.uint8]
 
 # A small image decodes in less time than it takes to reach another thread.
 INLINE_BYTES = 16 << 10
 INLINE_PIXELS = 128 * 128
 
+CLIENT_GONE = 499  # counted, never sent
 REJECTIONS = {
     "queue_full": "queue_full",
     "deadline": "deadline",
@@ -70,8 +73,8 @@ def create_app(models: Models, settings: ServeSettings) -> ASGIApp:
     bodies = Bodies(settings.max_body_bytes, settings.max_inflight_bytes, settings.body_timeout)
     models.metrics.inflight_bytes.set_function(lambda: bodies.held)
     score = Score(models, settings, bodies)
-    app = Starlette(
-        routes=[
+    router = Router(
+        [
             Route("/v1/score", score, methods=["POST"]),
             Route("/v1/models/{name}/score", score, methods=["POST"]),
             Route("/v1/models", partial(list_models, models)),
@@ -81,10 +84,9 @@ def create_app(models: Models, settings: ServeSettings) -> ASGIApp:
             Route("/openapi.json", openapi),
             Route("/", page),
         ],
-        exception_handlers=_handlers(models.metrics),
+        redirect_slashes=False,
     )
-    app.router.redirect_slashes = False
-    return Measured(app, models.metrics)
+    return Edge(router, models.metrics)
 
 
 @dataclass(frozen=True)
@@ -304,79 +306,63 @@ def _page() -> bytes:
     return resources.files("anomalyd.serve").joinpath("page.html").read_bytes()
 
 
-class Measured:
-    """Counts and times every request; the label is the route's pattern, never the path."""
+class Edge:
+    """Around everything: turns exceptions into problem details, counts and times each request.
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
-        self._app = app
+    The label is the route's pattern, never the path.
+    """
+
+    def __init__(self, router: Router, metrics: Metrics) -> None:
+        self.router = router
         self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
-            await self._app(scope, receive, send)
             return
         started = time.perf_counter()
-        code = "499"  # as long as nothing is answered, the client has gone
+        code = 0
 
         async def noting(message: Message) -> None:
             nonlocal code
-            if message["type"] == "http.response.start":
-                code = str(message["status"])
+            if not code:
+                code = message["status"]
             await send(message)
 
+        scope["app"] = self  # the router then raises for what it does not find
         try:
-            await self._app(scope, receive, noting)
+            await self.router(scope, receive, noting)
+        except ClientGone:
+            code = CLIENT_GONE
+        except Exception as error:  # the last line of defence: answer and go on
+            if code:
+                raise  # half an answer is out; the server closes the connection
+            await self._problem(error)(scope, receive, noting)
         finally:
             matched = scope.get("route")
             route = "unmatched" if matched is None else matched.path
-            self._metrics.requests.labels(route, code).inc()
+            self._metrics.requests.labels(route, str(code or CLIENT_GONE)).inc()
             seconds = time.perf_counter() - started
             self._metrics.request_seconds.labels(route).observe(seconds)
 
-
-def _handlers(metrics: Metrics) -> dict[Any, Any]:
-    """What each exception is answered with."""
-
-    async def problem(request: Request, error: Problem) -> Response:
-        if error.reason in REJECTIONS:
-            metrics.rejected.labels(REJECTIONS[error.reason]).inc()
-        return problem_response(error.status, str(error), reason=error.reason, close=error.close)
-
-    async def full(request: Request, error: QueueFull) -> Response:
-        detail = "as many images as may wait are waiting for this model; come again"
-        return await problem(request, Problem(503, "queue_full", detail))
-
-    async def expired(request: Request, error: Expired) -> Response:
-        detail = "the image waited too long for this model; come again"
-        return await problem(request, Problem(503, "deadline", detail))
-
-    async def image(request: Request, error: ImageError) -> Response:
-        return problem_response(error.status, str(error), reason=error.reason)
-
-    async def usage(request: Request, error: Exception) -> Response:
-        return problem_response(400, str(error), reason="parameter")
-
-    async def unreachable(request: Request, error: AlphaUnreachable) -> Response:
-        return problem_response(400, str(error), reason="alpha")
-
-    async def gone(request: Request, error: ClientGone) -> None:
-        return None
-
-    async def http(request: Request, error: HTTPException) -> Response:
-        return problem_response(error.status_code, error.detail, headers=error.headers)
-
-    async def failed(request: Request, error: Exception) -> Response:
+    def _problem(self, error: Exception) -> Response:
+        if isinstance(error, Problem):
+            if error.reason in REJECTIONS:
+                self._metrics.rejected.labels(REJECTIONS[error.reason]).inc()
+            return problem_response(
+                error.status, str(error), reason=error.reason, close=error.close
+            )
+        if isinstance(error, QueueFull):
+            detail = "as many images as may wait are waiting for this model; come again"
+            return self._problem(Problem(503, "queue_full", detail))
+        if isinstance(error, Expired):
+            detail = "the image waited too long for this model; come again"
+            return self._problem(Problem(503, "deadline", detail))
+        if isinstance(error, ImageError):
+            return problem_response(error.status, str(error), reason=error.reason)
+        if isinstance(error, AlphaUnreachable | UsageError):
+            return problem_response(400, str(error), reason="alpha")
+        if isinstance(error, HTTPException):
+            return problem_response(error.status_code, error.detail, headers=error.headers)
+        if not isinstance(error, BatchFailed):  # which the batcher has logged
+            logger.error("a request failed", exc_info=error)
         return problem_response(500, "the daemon failed on this request; its log says more")
-
-    return {
-        Problem: problem,
-        QueueFull: full,
-        Expired: expired,
-        ImageError: image,
-        UsageError: usage,
-        AlphaUnreachable: unreachable,
-        ClientGone: gone,
-        HTTPException: http,
-        BatchFailed: failed,
-        Exception: failed,
-    }

@@ -107,9 +107,10 @@ class Metrics:
             ["reason"],
             registry=registry,
         )
+        # promtool takes "bits" for bytes in a wrong unit, so the name says what the field says.
         self.bits_per_dim = Histogram(
-            "anomalyd_bits_per_dim",
-            "-log2 p(x) per dimension of each image, or its bound; larger is stranger.",
+            "anomalyd_bpd",
+            "Bits per dimension, -log2 p(x) / (H W C), of each image, or its bound.",
             ["model"],
             buckets=BITS,
             registry=registry,

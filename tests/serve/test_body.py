@@ -18,12 +18,11 @@ def chunks_of(*chunks, end=True):
         {"type": "http.request", "body": chunk, "more_body": not end or i < len(chunks) - 1}
         for i, chunk in enumerate(chunks)
     ]
-    given_out = iter(messages)
 
     async def receive():
-        for message in given_out:
-            return message
-        await asyncio.sleep(60)
+        if not messages:
+            await asyncio.sleep(60)
+        return messages.pop(0)
 
     return receive
 
@@ -31,6 +30,7 @@ def chunks_of(*chunks, end=True):
 def read(receive, *, limit=10, total=100, timeout=5.0, headers=(), bodies=None):
     """The body, and how many bytes were held while it was used."""
     bodies = bodies or Bodies(limit, total, timeout)
+    before = bodies.held
 
     async def scenario():
         with bodies.intake() as intake:
@@ -40,7 +40,7 @@ def read(receive, *, limit=10, total=100, timeout=5.0, headers=(), bodies=None):
     try:
         return asyncio.run(scenario())
     finally:
-        assert bodies.held == 0 or bodies.total == 7
+        assert bodies.held == before
 
 
 @given(st.lists(st.binary(max_size=4), min_size=1, max_size=6))
@@ -95,7 +95,6 @@ def test_all_bodies_together_are_bounded():
     with pytest.raises(Problem) as caught:
         read(chunks_of(b"abc"), bodies=bodies)
     assert caught.value.status == 503
-    assert bodies.held == 5
 
 
 def multipart(parts, boundary=b"xx"):

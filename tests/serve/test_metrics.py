@@ -1,0 +1,70 @@
+"""What Prometheus' own linter says."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+
+import pytest
+
+from anomalyd.serve.metrics import Metrics, ModelMetrics
+
+
+@pytest.fixture
+def exposition():
+    """Every metric with a value, in the text format."""
+    metrics = Metrics()
+    model = ModelMetrics(metrics, "tiny")
+    model.judged(2.5, 0.5, "normal")
+    model.watch_queue(lambda: 3, 512)
+    model.ready.set(1)
+    model.load_seconds.set(0.2)
+    model.batch_images.observe(4)
+    model.decode_seconds.observe(0.001)
+    metrics.requests.labels("/v1/score", "200").inc()
+    metrics.request_seconds.labels("/v1/score").observe(0.01)
+    metrics.rejected.labels("queue_full").inc()
+    metrics.decode_errors.labels("corrupt").inc()
+    metrics.model_info.labels("tiny", "1", "density", "exact", "CPUExecutionProvider").set(1)
+    return metrics.expose("text/plain")[0].decode()
+
+
+def test_promtool_finds_nothing(exposition):
+    """`promtool check metrics` is silent (Debian package: prometheus)."""
+    promtool = shutil.which("promtool")
+    if promtool is None:
+        pytest.skip("needs promtool, from the Debian package prometheus")
+    done = subprocess.run(
+        [promtool, "check", "metrics"], input=exposition, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout + done.stderr) == (0, "")
+
+
+def test_every_metric_has_help_and_our_prefix(exposition):
+    """Ours are anomalyd_*, the process's own process_*."""
+    names = {line.split()[2] for line in exposition.splitlines() if line.startswith("# TYPE")}
+    helped = {line.split()[2] for line in exposition.splitlines() if line.startswith("# HELP")}
+    assert names == helped
+    assert all(name.startswith(("anomalyd_", "process_")) for name in names)
+    assert "process_resident_memory_bytes" in names
+
+
+def test_two_daemons_do_not_share_metrics():
+    """Each has a registry of its own; nothing is registered globally."""
+    first, second = Metrics(), Metrics()
+    first.requests.labels("/", "200").inc()
+    assert b'code="200"' not in second.expose("")[0]
+
+
+def test_openmetrics_is_negotiated():
+    """The Accept header chooses the format."""
+    body, content_type = Metrics().expose("application/openmetrics-text; version=1.0.0")
+    assert content_type.startswith("application/openmetrics-text")
+    assert body.endswith(b"# EOF\n")
+
+
+def test_one_hopeless_image_does_not_drown_the_mean():
+    """Bits per dimension are counted up to a bound."""
+    metrics = Metrics()
+    ModelMetrics(metrics, "tiny").judged(1.7e308, 0.005, "outlier")
+    assert b'anomalyd_bpd_sum{model="tiny"} 256.0' in metrics.expose("")[0]
