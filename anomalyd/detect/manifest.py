@@ -12,6 +12,7 @@ from datetime import datetime, timedelta
 from typing import Any, Literal, NoReturn, TypedDict
 
 import msgspec
+import numpy as np
 
 from anomalyd.errors import AnomalydError, BundleError
 from anomalyd.images import ImageSpec
@@ -139,9 +140,16 @@ def parse_manifest(data: bytes) -> Manifest:
 
 def dump_manifest(manifest: Manifest) -> bytes:
     """Bytes of `manifest.json`: UTF-8, sorted keys, two spaces, final newline."""
-    plain = msgspec.to_builtins(manifest)
+    plain = msgspec.to_builtins(manifest, enc_hook=_number)
     text = json.dumps(plain, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False)
     return f"{text}\n".encode()
+
+
+def _number(value: Any) -> Any:
+    """NumPy's numbers as Python's; whoever measured a rate need not convert it."""
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"a manifest cannot hold a {type(value).__name__}")
 
 
 def check_manifest(manifest: Manifest) -> None:

@@ -313,6 +313,11 @@ class TestKilledWriter:
 
 
 class TestManifest:
+    def test_numbers_from_numpy_are_numbers(self):
+        """What was measured with NumPy is written as plain JSON."""
+        manifest = tiny.tiny_manifest(default_alpha=np.float64(0.5), parameters=np.int64(7))
+        assert parse_manifest(dump_manifest(manifest)).parameters == 7
+
     @given(st.binary(max_size=300))
     def test_arbitrary_bytes_end_in_a_bundle_error(self, data):
         """Whatever stands in manifest.json, no other error comes out."""
