@@ -105,7 +105,6 @@ async def _serve(models: Models, settings: ServeSettings, listener: socket.socke
         timeout_graceful_shutdown=settings.drain_timeout,
     )
     server = _Server(config, models, settings.drain_delay)
-    _announce(models, listener)
     try:
         await server.serve([listener])
     finally:
@@ -119,10 +118,13 @@ class _Server(uvicorn.Server):
         super().__init__(config)
         self._models = models
         self._drain_delay = drain_delay
+        self._stopping = False
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self._models.ready = True
+        for listener in sockets or []:
+            _announce(self._models, listener)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -141,9 +143,10 @@ class _Server(uvicorn.Server):
                 signal.signal(number, handler)
 
     def _stop(self, loop: asyncio.AbstractEventLoop) -> None:
-        if not self._models.ready:
+        if self._stopping:
             self.should_exit = self.force_exit = True  # asked for a second time: now
             return
+        self._stopping = True
         self._models.ready = False
         loop.call_later(self._drain_delay, setattr, self, "should_exit", True)
 

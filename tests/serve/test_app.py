@@ -73,10 +73,16 @@ def serve(*paths, **changes):
     return Daemon(models, settings)
 
 
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory):
+    """One tiny bundle, written once."""
+    return tiny_bundle(tmp_path_factory.mktemp("bundle"))
+
+
 @pytest.fixture
-def daemon(tmp_path):
+def daemon(bundle):
     """One tiny model."""
-    daemon = serve(tiny_bundle(tmp_path))
+    daemon = serve(bundle)
     yield daemon
     daemon.models.close()
 
@@ -124,11 +130,11 @@ class FakeSession:
 
 
 @pytest.fixture
-def fake(tmp_path):
+def fake(bundle):
     """A daemon over a FakeSession, with a queue of two images and batches of one."""
     settings = ServeSettings(queue_images=2, max_batch=1, request_timeout=5.0)
     metrics = Metrics()
-    model = make_model(FakeDetector.around(tiny_bundle(tmp_path)), settings, metrics)
+    model = make_model(FakeDetector.around(bundle), settings, metrics)
     daemon = Daemon(Models([model], metrics=metrics), settings)
     daemon.session = model.detector.session
     daemon.batcher = model.batcher
@@ -150,9 +156,9 @@ def check_problem(response, status, reason=None):
         assert content["reason"] == reason
 
 
-def test_one_image_gets_the_library_s_verdict(daemon, tmp_path):
+def test_one_image_gets_the_library_s_verdict(daemon, bundle):
     """The daemon answers what `Detector.score` says, whatever the Content-Type."""
-    verdict = Detector.load(tmp_path / "tiny", device="cpu").score(OUTLIER)
+    verdict = Detector.load(bundle, device="cpu", threads=1).score(OUTLIER)
     for headers in ({}, {"Content-Type": "application/x-www-form-urlencoded"}):
         response = daemon.score(OUTLIER, headers=headers)
         assert response.status_code == 200
@@ -201,9 +207,9 @@ def test_a_bundle_named_twice_is_served_once(tmp_path):
         (encoded(np.zeros((1, 40000), np.uint8)), 413, "too_many_pixels"),
     ],
 )
-def test_a_bad_image_is_a_typed_4xx(tmp_path, body, status, reason):
+def test_a_bad_image_is_a_typed_4xx(bundle, body, status, reason):
     """Each way an image can be bad has its status, is counted, and the daemon goes on."""
-    daemon = serve(tiny_bundle(tmp_path), max_pixels=30000)
+    daemon = serve(bundle, max_pixels=30000)
     check_problem(daemon.score(body), status, reason)
     assert daemon.score(NORMAL).status_code == 200
     assert daemon.metric("anomalyd_decode_errors_total", reason=reason) == 1
@@ -216,9 +222,9 @@ def test_large_images_are_decoded_off_the_event_loop(daemon):
     assert response.status_code == 200
 
 
-def test_a_body_over_the_limit_is_413(tmp_path):
+def test_a_body_over_the_limit_is_413(bundle):
     """The limit is on the bytes that arrive, declared or not."""
-    daemon = serve(tiny_bundle(tmp_path), max_body_bytes=100)
+    daemon = serve(bundle, max_body_bytes=100)
 
     async def stream():
         for _ in range(11):
@@ -323,9 +329,9 @@ def test_one_image_as_multipart(daemon):
     check_problem(daemon.ask("POST", "/v1/score", files=many(b"text")), 415, "format")
 
 
-def test_bad_multipart(tmp_path):
+def test_bad_multipart(bundle):
     """No part, broken, too many parts."""
-    daemon = serve(tiny_bundle(tmp_path), max_images=2)
+    daemon = serve(bundle, max_images=2)
     headers = {"Content-Type": "multipart/form-data; boundary=xx"}
     check_problem(daemon.score(b"--xx--\r\n", headers=headers), 400)
     check_problem(daemon.score(b"--xx\r\nbroken", headers=headers), 400, "multipart")
