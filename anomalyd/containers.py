@@ -349,7 +349,8 @@ def _arrow() -> Any:
 def _parquet(arrow: Any, path: str) -> Iterator[Any]:
     with _reading(path):
         try:
-            with arrow.parquet.ParquetFile(path) as file:
+            # A buffered stream without look-ahead: by default whole column chunks are held.
+            with arrow.parquet.ParquetFile(path, buffer_size=1 << 16, pre_buffer=False) as file:
                 yield file
         except arrow.ArrowException as error:
             raise ValueError(str(error)) from error

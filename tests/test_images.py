@@ -9,7 +9,7 @@ import zlib
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from PIL import Image, ImageCms, features
@@ -128,6 +128,7 @@ def test_the_fast_way_agrees_with_pillow(photo):
     np.testing.assert_array_equal(decode(plain, 3, LIMITS), decode(text, 3, LIMITS))
 
 
+@settings(max_examples=40)
 @given(values=arrays(np.uint16, (3, 5)))
 def test_16_bit_grey_is_divided_by_257_and_rounded(values):
     """PNG, TIFF and PGM of 16 bits are scaled to the nearest, not clipped and not shifted."""
