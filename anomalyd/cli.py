@@ -1,0 +1,526 @@
+"""The command line: options, messages and exit codes; the work is done elsewhere.
+
+    0 done    1 failed    2 usage    3 done, but some inputs could not be read    130 interrupted
+
+Data goes to stdout, messages and progress to stderr. Nothing heavy is imported before a command
+runs: `anomalyd --help` loads neither numpy nor onnxruntime.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from anomalyd.errors import AnomalydError, BundleError, UsageError
+
+if TYPE_CHECKING:
+    from anomalyd.detect.detector import Detector
+    from anomalyd.detect.evaluate import Evaluated
+
+__all__ = ["main"]
+
+FAILED, USAGE, UNREADABLE, INTERRUPTED = 1, 2, 3, 130
+
+PATH = click.Path(path_type=Path)
+device = click.option(
+    "--device",
+    type=click.Choice(("auto", "cpu", "cuda")),
+    default="auto",
+    show_default=True,
+    help="Where the model runs.",
+)
+alpha = click.option(
+    "--alpha",
+    type=float,
+    metavar="A",
+    help="Rate of false alarms, in (0, 1)  [default: the bundle's]",
+)
+group = click.option(
+    "--group",
+    metavar="REGEX|COLUMN",
+    help="Never split a group: a regular expression on the path, or a column.",
+)
+bundle = click.argument("bundle", type=PATH)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code; every error is one line on stderr."""
+    try:
+        with contextlib.suppress(click.exceptions.Exit):
+            code = anomalyd.main(arguments, prog_name="anomalyd", standalone_mode=False)
+            sys.stdout.flush()
+            return code if isinstance(code, int) else 0
+        return 0
+    except AnomalydError as error:
+        return _fail(str(error), error.exit_code)
+    except click.UsageError as error:
+        command = error.ctx.command_path if error.ctx else "anomalyd"
+        return _fail(f"{error.format_message().rstrip('.')} (see {command} --help)", USAGE)
+    except click.ClickException as error:
+        return _fail(error.format_message(), FAILED)
+    except (KeyboardInterrupt, click.Abort):
+        return _fail("interrupted", INTERRUPTED)
+    except BrokenPipeError:
+        # Whoever read our output has enough; the interpreter must not stumble over it again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 99})
+@click.version_option(package_name="anomalyd", message="%(prog)s %(version)s")
+def anomalyd() -> None:
+    """Anomaly detection on explicit image densities, with a false-alarm rate that can be promised.
+
+    DATA and PATH name a folder of images, one image, an IDX file or a folder of IDX files, .npy,
+    .npz or Parquet; DATA:train and DATA:test choose a split.
+    """
+
+
+@anomalyd.command()
+@click.argument("data")
+@click.option("--model", metavar="NAME", help="Density to train: the name of a recipe.")
+@click.option("--out", type=PATH, required=True, metavar="DIR", help="Bundle to write.")
+@click.option("--labels", is_flag=True, help="DATA has classes: sub-folders, labels or a column.")
+@click.option("--image-size", type=int, metavar="N", help="Side of the model's images, pixels.")
+@click.option("--channels", type=click.Choice(("1", "3")), help="Grey or RGB.")
+@click.option("--minutes", type=float, metavar="M", help="Train for about this long.")
+@click.option("--epochs", type=float, metavar="E", help="Train for this many passes over DATA.")
+@device
+@group
+@click.option("--exclude", type=PATH, metavar="FILE", help="List of images to leave out.")
+@click.option("--init", type=PATH, metavar="BUNDLE", help="Start from this bundle's weights.")
+@click.option("--resume", is_flag=True, help="Go on with an interrupted training.")
+@click.option("--recipe", type=PATH, metavar="FILE", help="TOML recipe in place of --model.")
+@click.option("--seed", type=int, metavar="S", help="Seed of weights, splits and data order.")
+@click.option(
+    "--on-mismatch",
+    type=click.Choice(("refuse", "crop", "resize")),
+    help="What to do with images of another shape  [default: refuse]",
+)
+@click.option("--licence", metavar="TEXT", help="Licence of the weights, for the bundle's card.")
+def train(channels: str | None, **options: Any) -> int:
+    """Train a density on the normal images in DATA and write a calibrated bundle."""
+    from anomalyd.train import commands
+
+    return commands.train(channels=int(channels) if channels else None, **options) or 0
+
+
+@anomalyd.command()
+@bundle
+def export(bundle: Path) -> int:
+    """Export the graph of BUNDLE again, from its weights."""
+    from anomalyd.train import commands
+
+    return commands.export(bundle) or 0
+
+
+@anomalyd.command()
+@bundle
+@click.argument("data")
+@click.option(
+    "--confidence",
+    type=float,
+    metavar="C",
+    help="Promise the rate for this calibration set, with confidence C  [default: on average]",
+)
+@click.option("--refit", is_flag=True, help="Fit the score anew, too, on a separate half of DATA.")
+@group
+@device
+def calibrate(
+    bundle: Path, data: str, confidence: float | None, refit: bool, group: str | None, device: str
+) -> int:
+    """Redo the promise of BUNDLE on the normal images in DATA, which training has not seen."""
+    from anomalyd.detect.calibrate import calibrate as run
+    from anomalyd.sources import open_source
+
+    if group is not None and not refit:
+        raise UsageError("--group: only --refit splits DATA; leave it out or add --refit")
+    source = open_source(data, split="train", group=group)
+    with _progress("calibrating", len(source)) as advance:
+        done = run(
+            bundle,
+            source,
+            confidence=confidence,
+            refit=refit,
+            device=device,
+            progress=advance,
+        )
+    _name_unreadable(done.unreadable)
+    if done.seen:
+        _say(f"{len(done.seen)} images refused, training has seen them: {_some(done.seen)}")
+    if done.repeated:
+        _say(f"{done.repeated} images are copies of others; copies make the promise less sure")
+    if done.fitted:
+        _say(f"fitted on {done.fitted} images")
+    _say(f"calibrated {bundle} on {done.n} images: {_promise(done.confidence)}")
+    _say(f"default alpha {done.default_alpha:g}, smallest {done.smallest_alpha:.3g}")
+    return UNREADABLE if done.unreadable else 0
+
+
+@anomalyd.command()
+@bundle
+@click.option("--normal", required=True, metavar="DATA", help="Images that are normal.")
+@click.option(
+    "--outliers", multiple=True, metavar="NAME=DATA", help="Images that are not; repeatable."
+)
+@click.option("--labels", is_flag=True, help="The normal images have classes.")
+@alpha
+@click.option("--limit", type=int, metavar="N", help="Take a sample of N images of each set.")
+@click.option("--seed", type=int, default=0, show_default=True, metavar="S", help="Of --limit.")
+@click.option(
+    "--format",
+    "kind",
+    type=click.Choice(("table", "json")),
+    default="table",
+    show_default=True,
+    help="What to print.",
+)
+@device
+def evaluate(
+    bundle: Path,
+    normal: str,
+    outliers: tuple[str, ...],
+    labels: bool,
+    alpha: float | None,
+    limit: int | None,
+    seed: int,
+    kind: str,
+    device: str,
+) -> int:
+    """Measure false alarms on normal images, and what is caught of outliers."""
+    named = _named(outliers)
+    from anomalyd.detect.detector import Detector
+    from anomalyd.detect.evaluate import evaluate as run
+    from anomalyd.sources import open_evaluation, open_source
+
+    detector = Detector.load(bundle, device=device)
+    detector.alpha(alpha)
+    given = open_evaluation(normal, labels=labels)
+    sets = dict(given.outliers)
+    for name, data in named.items():
+        if name in sets:
+            raise UsageError(f"--outliers {name}: {normal} has a set of that name already")
+        sets[name] = open_source(data)
+    sizes = [len(given.normal), *map(len, sets.values())]
+    total = sum(sizes if limit is None else (min(limit, size) for size in sizes))
+    with _progress("evaluating", total) as advance:
+        result = run(
+            detector, given.normal, sets, alpha=alpha, limit=limit, seed=seed, progress=advance
+        )
+    _name_unreadable(result.unreadable)
+    for name, seen in result.seen.items():
+        if seen:
+            _say(f"{name}: {len(seen)} images left out, seen in training: {_some(seen)}")
+    if kind == "json":
+        _print_json(result.to_dict())
+    else:
+        _print_evaluation(result)
+    return UNREADABLE if result.unreadable else 0
+
+
+@anomalyd.command()
+@bundle
+@click.argument("paths", nargs=-1, required=True, metavar="PATH...")
+@alpha
+@click.option(
+    "--fdr",
+    type=float,
+    metavar="Q",
+    help="Flag so that at most a share Q of what is flagged is false (Benjamini-Hochberg).",
+)
+@click.option(
+    "--format",
+    "kind",
+    type=click.Choice(("table", "jsonl", "csv")),
+    default="table",
+    show_default=True,
+    help="What to print.",
+)
+@click.option(
+    "--output",
+    type=PATH,
+    metavar="FILE",
+    help="Write .parquet, .jsonl or .csv, and print nothing.",
+)
+@click.option("--heatmaps", type=PATH, metavar="DIR", help="One PNG an image: where it is odd.")
+@click.option("--explain", is_flag=True, help="Add each statistic's value and p-value.")
+@device
+@click.option("--resume", is_flag=True, help="Go on where an interrupted --output stopped.")
+def score(
+    bundle: Path,
+    paths: tuple[str, ...],
+    alpha: float | None,
+    fdr: float | None,
+    kind: str,
+    output: Path | None,
+    heatmaps: Path | None,
+    explain: bool,
+    device: str,
+    resume: bool,
+) -> int:
+    """Judge every image in PATH... and print one verdict an image, in order."""
+    from anomalyd.detect.detector import Detector
+    from anomalyd.detect.output import file_format
+    from anomalyd.detect.score import Scoring, score_to_file, score_to_stream
+    from anomalyd.sources import open_paths
+
+    if resume and output is None:
+        raise UsageError("--resume goes on with a file; name it with --output")
+    if output is not None:
+        file_format(output)
+    detector = Detector.load(bundle, device=device)
+    scoring = Scoring(detector.alpha(alpha), fdr=fdr, explain=explain, heatmaps=heatmaps)
+    source = open_paths(paths)
+    with _progress("scoring", len(source)) as advance:
+        if output is None:
+            summary = score_to_stream(
+                detector, source, scoring, kind, sys.stdout.buffer, progress=advance
+            )
+        else:
+            summary = score_to_file(
+                detector, source, scoring, output, resume=resume, progress=advance
+            )
+    if summary.unreadable == summary.images:
+        raise AnomalydError(f"none of {summary.images} inputs could be read")
+    rule = f"alpha {scoring.alpha:g}" if fdr is None else f"a false discovery rate of {fdr:g}"
+    unreadable = f", {summary.unreadable} could not be read" if summary.unreadable else ""
+    _say(f"{summary.images} images, {summary.outliers} outliers at {rule}{unreadable}")
+    return UNREADABLE if summary.unreadable else 0
+
+
+@anomalyd.command()
+@bundle
+@click.option("-n", "count", type=int, default=16, show_default=True, help="Images to draw.")
+@click.option("--label", metavar="NAME", help="Draw images of this class.")
+@click.option("--seed", type=int, default=0, show_default=True, metavar="S", help="Of the draw.")
+@click.option("--output", type=PATH, metavar="FILE", help="PNG to write.")
+def sample(bundle: Path, **_: Any) -> int:
+    """Draw images from the density in BUNDLE."""
+    from anomalyd.detect.bundle import read_bundle
+
+    if "sampler.onnx" not in read_bundle(bundle).manifest.files:
+        raise BundleError(f"bundle {bundle}: it has no sampler (sampler.onnx) to draw from")
+    raise BundleError(f"bundle {bundle}: this version cannot run a sampler; upgrade anomalyd")
+
+
+@anomalyd.group("bundle")
+def bundles() -> None:
+    """Look into bundles and check them."""
+
+
+@bundles.command()
+@click.argument("bundles", nargs=-1, required=True, type=PATH, metavar="BUNDLE...")
+@click.option(
+    "--format",
+    "kind",
+    type=click.Choice(("text", "json")),
+    default="text",
+    show_default=True,
+    help="What to print; json gives one manifest a line.",
+)
+def inspect(bundles: tuple[Path, ...], kind: str) -> None:
+    """Say what each BUNDLE is, what it promises and what it holds."""
+    from anomalyd.detect.bundle import read_bundle
+
+    for number, path in enumerate(bundles):
+        content = read_bundle(path)
+        if kind == "json":
+            _print_json(content.manifest)
+        else:
+            click.echo(("\n" if number else "") + _description(content))
+
+
+@bundles.command()
+@click.argument("bundles", nargs=-1, required=True, type=PATH, metavar="BUNDLE...")
+@device
+def verify(bundles: tuple[Path, ...], device: str) -> int:
+    """Check every file of each BUNDLE, and that its graph gives the golden scores here."""
+    from anomalyd.detect.detector import Detector
+
+    code = 0
+    for path in bundles:
+        try:
+            detector = Detector.load(path, device=device)
+        except BundleError as error:
+            code = _fail(str(error), error.exit_code)
+        else:
+            click.echo(f"{path}: good, {_verified(detector)}")
+    return code
+
+
+class _Serve(click.Command):
+    """`serve`, whose options are those of ServeSettings, read when they are needed."""
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        if not self.params:
+            from anomalyd.config import options
+            from anomalyd.serve.settings import ServeSettings
+
+            @click.command()
+            @click.argument("bundles", nargs=-1, metavar="[BUNDLE_OR_FOLDER]...")
+            @options(ServeSettings)
+            @click.option(
+                "--config", type=PATH, metavar="FILE", help="TOML file with these settings."
+            )
+            def template(**_: Any) -> None: ...
+
+            self.params = template.params
+        return super().get_params(ctx)
+
+
+def _serve(config: Path | None, **flags: Any) -> int:
+    from anomalyd.config import load
+    from anomalyd.serve.server import main as serve
+    from anomalyd.serve.settings import ServeSettings
+
+    serve(load(ServeSettings, flags=flags, env="ANOMALYD_SERVE_", file=config))
+    return 0
+
+
+anomalyd.add_command(
+    _Serve(
+        "serve",
+        callback=_serve,
+        help="Serve bundles over HTTP: those named, or every one in ./trained.\n\n"
+        "A setting is taken from its flag, else ANOMALYD_SERVE_NAME, else --config.",
+    )
+)
+
+
+def _named(outliers: tuple[str, ...]) -> dict[str, str]:
+    named: dict[str, str] = {}
+    for text in outliers:
+        name, equals, data = text.partition("=")
+        if not (name and equals and data):
+            raise UsageError(f"--outliers {text}: say NAME=DATA, as in mnist=data/mnist:test")
+        if name in named:
+            raise UsageError(f"--outliers {name}: given twice; each set needs a name of its own")
+        named[name] = data
+    return named
+
+
+def _fail(message: str, code: int) -> int:
+    # A message from far below may hold a line break; the promise is one line.
+    click.echo(f"anomalyd: {' '.join(message.split())}", err=True)
+    return code
+
+
+def _say(message: str) -> None:
+    click.echo(message, err=True)
+
+
+def _name_unreadable(unreadable: list[tuple[str, str]]) -> None:
+    for name, why in unreadable:
+        _say(f"{name}: {why}")
+
+
+def _some(names: list[str], most: int = 3) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+@contextlib.contextmanager
+def _progress(what: str, total: int) -> Iterator[Callable[[int], object]]:
+    """A bar on stderr, on a terminal only; yields what to call with the images done."""
+    if not sys.stderr.isatty():
+        yield lambda _: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.progress import TimeRemainingColumn as TimeLeft
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeLeft())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda done: bar.advance(task, done)
+
+
+def _print_json(value: object) -> None:
+    import msgspec
+
+    click.echo(msgspec.json.encode(value))
+
+
+def _promise(confidence: float | None) -> str:
+    if confidence is None:
+        return "false alarms at most alpha on average over calibration sets"
+    return f"false alarms at most alpha with {confidence:.4g} confidence over the calibration set"
+
+
+def _print_evaluation(result: Evaluated) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    alarms = result.false_alarms
+    low, high = alarms.band
+    console.print(
+        f"{result.bundle}: {result.bits_per_dim:.4f} bits/dim ({result.likelihood}) "
+        f"on {result.n:,} normal images"
+    )
+    console.print(
+        f"false alarms {alarms.observed:.4f} at alpha {alarms.alpha:g}; "
+        f"99.9 % of such runs fall in [{low:.4f}, {high:.4f}]"
+    )
+    if not result.outliers:
+        return
+    table = Table(box=None, pad_edge=False)
+    for heading in ("outliers", "images", "AUROC", "FPR95", f"caught at {alarms.alpha:g}", "95 %"):
+        table.add_column(heading, justify="left" if heading == "outliers" else "right")
+    for name, found in result.outliers.items():
+        low, high = found.recall_ci95
+        table.add_row(
+            name,
+            f"{found.n:,}",
+            f"{found.auroc:.4f}",
+            f"{found.fpr95:.4f}",
+            f"{found.recall:.4f}",
+            f"{low:.3f} - {high:.3f}",
+        )
+    console.print(table)
+
+
+def _description(content: Any) -> str:
+    manifest = content.manifest
+    image = manifest.image
+    bits = ", ".join(
+        f"{value:.4f} on {name}" for name, value in manifest.bits_per_dim.items() if value
+    )
+    p_table = content.calibration.p_table
+    lines = {
+        "path": content.path,
+        "kind": f"{manifest.kind}, {manifest.parameters:,} parameters",
+        "images": f"{image.width}x{image.height}x{image.channels}, {image.levels} levels; "
+        f"another shape: {image.on_mismatch}",
+        "likelihood": manifest.likelihood,
+        "bits/dim": bits or "not measured",
+        "score": manifest.score_name,
+        "alpha": f"{manifest.default_alpha:g} by default, {p_table[0]:.3g} at the smallest "
+        f"({manifest.calibration_n:,} calibration images)",
+        "guarantee": _promise(manifest.guarantee["confidence"])
+        + ", if live normal images are exchangeable with the calibration images",
+        "created": manifest.created,
+        "licence": manifest.licence,
+        "files": ", ".join(
+            f"{name} {_size(entry['bytes'])}" for name, entry in sorted(manifest.files.items())
+        ),
+    }
+    if manifest.classes:
+        lines["classes"] = ", ".join(manifest.classes)
+    title = f"{manifest.name} {manifest.version}"
+    return "\n".join([title, *(f"  {key:<11}{value}" for key, value in lines.items())])
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"
+
+
+def _verified(detector: Detector) -> str:
+    files, images = len(detector.manifest.files), len(detector.bundle.golden.images)
+    return f"{files} files, {images} golden scores on {detector.session.provider}"

@@ -1,0 +1,180 @@
+"""Recalibration: a bundle's promise redone on someone's own normal images, without torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from anomalyd.detect import conformal
+from anomalyd.detect.bundle import Calibration, Guarantee, pack_calibration, write_bundle
+from anomalyd.detect.detector import Detector
+from anomalyd.detect.pipeline import Collected, collect
+from anomalyd.detect.statistics import make_score
+from anomalyd.errors import CalibrationError, SourceError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from anomalyd.sources import Source
+
+__all__ = ["Calibrated", "calibrate", "calibration_half"]
+
+FEWEST = 10  # images in either half: fewer give no ranks worth the name
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """What `calibrate` did.
+
+    Attributes:
+        n: calibration images.
+        fitted: images in the new fit split; 0 where the old one was kept.
+        seen: names of images refused because training has seen them.
+        repeated: images among the n that are copies of another.
+        unreadable: (name, reason) of what could not be read.
+        default_alpha: the bundle's new default.
+        smallest_alpha: the smallest alpha that can be asked for from now on.
+        confidence: of the guarantee; None for the marginal one.
+    """
+
+    n: int
+    fitted: int
+    seen: list[str]
+    repeated: int
+    unreadable: list[tuple[str, str]]
+    default_alpha: float
+    smallest_alpha: float
+    confidence: float | None
+
+
+def calibrate(
+    path: str | Path,
+    source: Source,
+    *,
+    confidence: float | None = None,
+    refit: bool = False,
+    device: str = "auto",
+    progress: Callable[[int], object] | None = None,
+) -> Calibrated:
+    """Rewrite a bundle's conformal table from normal images that its training has not seen.
+
+    Args:
+        path: the bundle, which is replaced whole or not at all.
+        source: normal images; training images among them are refused one by one.
+        confidence: C for "with confidence C over calibration sets"; None for "on average".
+        refit: also renew what the fit split holds, from a half of the images that is then not
+            used for calibration; groups, where the source has them, are never torn apart.
+        device: as for `Detector.load`.
+        progress: called with the number of images done.
+
+    Raises:
+        CalibrationError: too few images are left.
+        SourceError: not one image can be read.
+        BundleError: the bundle is broken or cannot be written.
+        UsageError: a confidence outside (0, 1).
+    """
+    if confidence is not None:
+        conformal.smallest_alpha(1, confidence)  # a wrong one is told before images are read
+    detector = Detector.load(path, device=device)
+    collected = collect(detector.session, detector.spec, source, progress=progress)
+    if collected is None:
+        raise SourceError(f"{source.name}: none of its images can be read")
+    trained = np.isin(collected.hashes, detector.calibration.training_hashes)
+    seen = [collected.names[i] for i in np.flatnonzero(trained)]
+    new = collected[~trained]
+    if not len(new):
+        raise CalibrationError(
+            f"{source.name}: training has seen all {len(seen)} images; give normal images that "
+            "were kept apart from it"
+        )
+    old = detector.calibration
+    if refit:
+        new, old = _refit(detector, new)
+    score = make_score(detector.manifest.score_name, old.fit_nll)
+    n = len(new)
+    calibration = dataclasses.replace(
+        old,
+        scores=np.sort(score(detector.nll(new.raw))),
+        p_table=conformal.p_table(n, confidence),
+        calibration_hashes=np.sort(new.hashes),
+    )
+    alpha = conformal.default_alpha(n, confidence)
+    _write(detector, calibration, alpha, confidence)
+    return Calibrated(
+        n=n,
+        fitted=len(old.fit_nll) if refit else 0,
+        seen=seen,
+        repeated=n - len(np.unique(new.hashes)),
+        unreadable=[(name, str(error)) for name, error in collected.errors],
+        default_alpha=alpha,
+        smallest_alpha=conformal.smallest_alpha(n, confidence),
+        confidence=confidence,
+    )
+
+
+def calibration_half(hashes: NDArray[np.uint64], groups: list[str | None]) -> NDArray[np.bool_]:
+    """Which images calibrate, the others being fitted on: about half, fixed by group or content.
+
+    Args:
+        hashes: uint64 (N,) content hashes; copies of an image fall into one half.
+        groups: N groups, or None; a group falls into one half.
+
+    Returns:
+        bool (N,).
+    """
+    own = [
+        int(content) if group is None else _hash(group)
+        for content, group in zip(hashes, groups, strict=True)
+    ]
+    return np.array([value & 1 == 0 for value in own], np.bool_)
+
+
+def _refit(detector: Detector, new: Collected) -> tuple[Collected, Calibration]:
+    """The images left for calibration, and a calibration whose fit split is the other half."""
+    kept = calibration_half(new.hashes, new.groups)
+    # A copy in a group of its own would stand in both halves: it stays with the fit split.
+    kept &= ~np.isin(new.hashes, new.hashes[~kept])
+    fit, rest = new[~kept], new[kept]
+    if min(len(fit), len(rest)) < FEWEST:
+        raise CalibrationError(
+            f"--refit leaves {len(fit)} images to fit and {len(rest)} to calibrate, and {FEWEST} "
+            "each are needed; give more images, or more groups, or calibrate without --refit"
+        )
+    old = detector.calibration
+    calibration = dataclasses.replace(
+        old,
+        fit_nll=np.sort(detector.nll(fit.raw)),
+        fit_statistics=fit.raw.statistics,
+        training_hashes=np.union1d(old.training_hashes, fit.hashes),
+    )
+    return rest, calibration
+
+
+def _write(
+    detector: Detector, calibration: Calibration, alpha: float, confidence: float | None
+) -> None:
+    bundle = detector.bundle
+    guarantee = (
+        Guarantee(kind="marginal", confidence=None)
+        if confidence is None
+        else Guarantee(kind="conditional", confidence=confidence)
+    )
+    manifest = dataclasses.replace(
+        bundle.manifest,
+        default_alpha=alpha,
+        guarantee=guarantee,
+        calibration_n=len(calibration.scores),
+    )
+    files = {name: bundle.read(name) for name in bundle.manifest.files}
+    files["calibration.npz"] = pack_calibration(calibration)
+    write_bundle(bundle.path, manifest, files, replace=True)
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")

@@ -1,0 +1,280 @@
+"""A bundle ready to judge images: the same code for Python, the batch command and the daemon."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, overload
+
+import numpy as np
+
+from anomalyd.detect import conformal
+from anomalyd.detect.bundle import Bundle, Calibration, Golden, Manifest, read_bundle
+from anomalyd.detect.runtime import CPU, Raw, Session
+from anomalyd.detect.statistics import finite, make_score
+from anomalyd.errors import BundleError
+from anomalyd.images import ImageSpec, to_pixels
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Image = str | Path | bytes | memoryview | NDArray[np.uint8]
+
+__all__ = ["Detector", "Judged", "Verdict"]
+
+GOLDEN_TOLERANCE = 1e-5  # bits/dim, on the CPU
+OTHER_TOLERANCE = 1e-4  # bits/dim, on a provider that the manifest does not name
+STATISTICS_TOLERANCE = 1e-3  # relative and absolute: they have units of their own
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What is said about one image; numbers are always finite.
+
+    Attributes:
+        bits_per_dim: -log2 p(x) / (H W C), or its upper bound; a likelihood that is not a finite
+            number gives a value near the largest float64.
+        likelihood: what that number is: "exact", or the lower bound "elbo" or "iwae-K".
+        score: what the verdict rests on; higher is stranger.
+        score_name: which score that is.
+        p_value: in (0, 1]; small is strange.
+        alpha: rate of false alarms that was asked for, in (0, 1).
+        outlier: p_value <= alpha; with `q_value`, the Benjamini-Hochberg decision.
+        q_value: adjusted p-value within its batch, in (0, 1].
+        label: the class, None where rejected or without classes.
+        posterior: class -> probability.
+        rejected: whether no class was given.
+        reason: why not: "novel" or "ambiguous".
+    """
+
+    bits_per_dim: float
+    likelihood: str
+    score: float
+    score_name: str
+    p_value: float
+    alpha: float
+    outlier: bool
+    q_value: float | None = None
+    label: str | None = None
+    posterior: dict[str, float] | None = None
+    rejected: bool | None = None
+    reason: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields that are present, in order."""
+        return {name: value for name in _FIELDS if (value := getattr(self, name)) is not None}
+
+
+_FIELDS = tuple(field.name for field in fields(Verdict))
+
+
+@dataclass(frozen=True, eq=False)
+class Judged:
+    """The verdicts on N images as columns.
+
+    Attributes:
+        bits_per_dim: float64 (N,).
+        score: float64 (N,), higher is stranger.
+        p_value: float64 (N,), in (0, 1].
+        outlier: bool (N,).
+    """
+
+    bits_per_dim: NDArray[np.float64]
+    score: NDArray[np.float64]
+    p_value: NDArray[np.float64]
+    outlier: NDArray[np.bool_]
+
+
+class Detector:
+    """A bundle, its session and its calibration; immutable, safe to share between threads.
+
+    Attributes:
+        path: the bundle's folder.
+        manifest: what the bundle says about itself.
+        calibration: its conformal tables.
+        session: its graph, running.
+        spec: the images it takes.
+    """
+
+    def __init__(self, bundle: Bundle, session: Session) -> None:
+        self.bundle = bundle
+        self.path: Path = bundle.path
+        self.manifest: Manifest = bundle.manifest
+        self.calibration: Calibration = bundle.calibration
+        self.session = session
+        self.spec: ImageSpec = bundle.manifest.image
+        self._score = make_score(bundle.manifest.score_name, bundle.calibration.fit_nll)
+        self._fit_statistics = np.sort(bundle.calibration.fit_statistics, axis=0)
+
+    @classmethod
+    def load(
+        cls, path: str | Path, *, device: str = "auto", threads: int | None = None
+    ) -> Detector:
+        """Read a bundle, verify it, and see that its graph gives the golden scores here.
+
+        Args:
+            path: the bundle's folder.
+            device: "auto", "cpu" or "cuda".
+            threads: CPU threads; None takes what this process may use.
+
+        Raises:
+            BundleError: naming what is wrong with the bundle.
+            UsageError: an unknown device, or one that is not here.
+        """
+        bundle = read_bundle(path)
+        try:
+            detector = cls(bundle, Session(bundle.model, device=device, threads=threads))
+            detector._check_golden(bundle.golden)
+        except BundleError as error:
+            raise BundleError(f"bundle {path}: {error}") from None
+        return detector
+
+    @property
+    def confidence(self) -> float | None:
+        """The confidence of the guarantee; None for the marginal one."""
+        return self.manifest.guarantee["confidence"]
+
+    @property
+    def dimensions(self) -> int:
+        """H W C, what bits per dimension are counted over."""
+        return self.spec.height * self.spec.width * self.spec.channels
+
+    @overload  # bytes and arrays are iterables, too, and the first signature that fits is taken
+    def score(  # type: ignore[overload-overlap]
+        self, images: Image, *, alpha: float | None = None
+    ) -> Verdict: ...
+    @overload
+    def score(self, images: Iterable[Image], *, alpha: float | None = None) -> list[Verdict]: ...
+    def score(
+        self, images: Image | Iterable[Image], *, alpha: float | None = None
+    ) -> Verdict | list[Verdict]:
+        """Judge one image or many.
+
+        Args:
+            images: a path, encoded bytes or uint8 pixels (H, W[, C]), or an iterable of these
+                (an array (N, H, W, C) among them), which is read as it is needed.
+            alpha: rate of false alarms; None takes the bundle's default.
+
+        Returns:
+            one verdict for one image, a list for an iterable.
+
+        Raises:
+            ImageError: an image that cannot be read; the subclass says in which way.
+            AlphaUnreachable: an alpha that the calibration set is too small for.
+        """
+        level = self.alpha(alpha)
+        if isinstance(images, str | Path | bytes | bytearray | memoryview) or (
+            isinstance(images, np.ndarray) and images.ndim <= 3
+        ):
+            return self.judge(self.session.run(self._pixels(images)[None]), level)[0]
+        verdicts: list[Verdict] = []
+        for batch in _batches(images, self.session.batch):
+            pixels = np.stack([self._pixels(image) for image in batch])
+            verdicts += self.judge(self.session.run(pixels), level)
+        return verdicts
+
+    def alpha(self, asked: float | None) -> float:
+        """The alpha to use: the bundle's default, or the one asked for if it can be reached.
+
+        Raises:
+            AlphaUnreachable: too small for the calibration set, naming the images still needed.
+            UsageError: outside (0, 1).
+        """
+        if asked is None:
+            return self.manifest.default_alpha
+        return conformal.check_alpha(asked, self.manifest.calibration_n, self.confidence)
+
+    def columns(self, raw: Raw, alpha: float) -> Judged:
+        """The verdicts on N images as arrays."""
+        nll = self.nll(raw)
+        score = self._score(nll)
+        p_value = conformal.p_values(score, self.calibration.scores, self.calibration.p_table)
+        bits_per_dim = nll / (self.dimensions * math.log(2))
+        return Judged(bits_per_dim, score, p_value, p_value <= alpha)
+
+    def judge(self, raw: Raw, alpha: float) -> list[Verdict]:
+        """The verdict on each of N images, by raw scores and an alpha from `alpha()`."""
+        judged = self.columns(raw, alpha)
+        likelihood, name = self.manifest.likelihood, self.manifest.score_name
+        return [
+            Verdict(bits, likelihood, score, name, p_value, alpha, outlier)
+            for bits, score, p_value, outlier in zip(
+                judged.bits_per_dim.tolist(),
+                judged.score.tolist(),
+                judged.p_value.tolist(),
+                judged.outlier.tolist(),
+                strict=True,
+            )
+        ]
+
+    def nll(self, raw: Raw) -> NDArray[np.float64]:
+        """-log p(x): float64 (N,) nats, finite; with classes p(x) = sum over y of p(y) p(x|y)."""
+        log_likelihood = raw.log_likelihood
+        if log_likelihood.shape[1] == 1:
+            return finite(-log_likelihood[:, 0])
+        classes = log_likelihood.shape[1]
+        priors = self.manifest.priors or [1 / classes] * classes
+        with np.errstate(divide="ignore", invalid="ignore"):
+            joint = log_likelihood + np.log(priors)
+            return finite(-np.logaddexp.reduce(joint, axis=1))
+
+    def explain(self, raw: Raw, row: int) -> dict[str, dict[str, Any]]:
+        """Each statistic of one image with where it stands among the fit split's.
+
+        The p-value is two-sided, 2 min(1 + #{fit <= value}, 1 + #{fit >= value}) / (m + 1) up to
+        1, and not adjusted for there being many: a diagnostic, never a verdict.
+
+        Returns:
+            statistic -> {"value", "p_value", "diagnostic": True}.
+        """
+        explained = {}
+        for column, name in enumerate(self.manifest.statistics):
+            value = raw.statistics[row, column]
+            fit = self._fit_statistics[:, column]
+            below = int(np.searchsorted(fit, value, side="right"))
+            above = fit.size - int(np.searchsorted(fit, value, side="left"))
+            p_value = min(1.0, 2 * (1 + min(below, above)) / (fit.size + 1))
+            number = float(finite(np.array([value], np.float64))[0])
+            explained[name] = {"value": number, "p_value": p_value, "diagnostic": True}
+        return explained
+
+    def _pixels(self, image: Image) -> NDArray[np.uint8]:
+        return to_pixels(Path(image) if isinstance(image, str) else image, self.spec)
+
+    def _check_golden(self, golden: Golden) -> None:
+        raw = self.session.run(golden.images)
+        for name in ("log_likelihood", "statistics"):
+            got, expected = getattr(raw, name).shape, getattr(golden, name).shape
+            if got != expected:
+                raise BundleError(
+                    f"model.onnx gives {name} of shape {got} for the golden images, and "
+                    f"golden.npz says {expected}; export the bundle again"
+                )
+        provider = self.session.provider
+        allowed = self.manifest.tolerance.get(provider, OTHER_TOLERANCE)
+        if provider == CPU:
+            allowed = GOLDEN_TOLERANCE
+        with np.errstate(invalid="ignore"):
+            off = float(np.max(np.abs(raw.log_likelihood - golden.log_likelihood)))
+        off /= self.dimensions * math.log(2)
+        # Written so that NaN is refused as well.
+        if not off <= allowed:
+            raise BundleError(
+                f"the graph's golden scores are off by {off:.2g} bits/dim on {provider}, and "
+                f"{allowed:g} is allowed; use another --device or export the bundle again"
+            )
+        tolerance = STATISTICS_TOLERANCE
+        if not np.allclose(raw.statistics, golden.statistics, rtol=tolerance, atol=tolerance):
+            raise BundleError(
+                f"the graph's golden statistics are off by more than {tolerance:g} on {provider}; "
+                "use another --device or export the bundle again"
+            )
+
+
+def _batches(images: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    iterator = iter(images)
+    while batch := list(islice(iterator, size)):
+        yield batch

@@ -1,0 +1,235 @@
+"""One onnxruntime session around a bundle's graph: pixels in, raw scores out."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnxruntime as ort
+from onnxruntime.capi import onnxruntime_pybind11_state as native
+
+from anomalyd.errors import BundleError, UsageError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+__all__ = ["CPU", "CUDA", "DEVICES", "Raw", "Session", "available_cpus"]
+
+CPU = "CPUExecutionProvider"
+CUDA = "CUDAExecutionProvider"
+DEVICES = ("auto", "cpu", "cuda")
+FATAL = 4  # onnxruntime's log severity; errors still reach us, as exceptions
+
+# onnxruntime's own exceptions have no base class of theirs; RuntimeError is what options raise.
+FAILURES: tuple[type[Exception], ...] = (
+    native.EPFail,
+    native.Fail,
+    native.InvalidArgument,
+    native.InvalidGraph,
+    native.InvalidProtobuf,
+    native.NoSuchFile,
+    native.NotImplemented,
+    native.RuntimeException,
+    RuntimeError,
+    ValueError,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Raw:
+    """What the graph says about N images.
+
+    Attributes:
+        log_likelihood: float64 (N, K), nats; K is 1 without classes.
+        statistics: float32 (N, S), named in the manifest.
+        nll_map: float32 (N, H, W), nats per pixel; None where it was not asked for.
+    """
+
+    log_likelihood: NDArray[np.float64]
+    statistics: NDArray[np.float32]
+    nll_map: NDArray[np.float32] | None = None
+
+    def __len__(self) -> int:
+        return len(self.log_likelihood)
+
+    def __getitem__(self, rows: slice | NDArray[np.intp] | NDArray[np.bool_]) -> Raw:
+        nll_map = None if self.nll_map is None else self.nll_map[rows]
+        return Raw(self.log_likelihood[rows], self.statistics[rows], nll_map)
+
+    @staticmethod
+    def concat(parts: Sequence[Raw]) -> Raw:
+        """The rows of all parts in order; at least one part."""
+        if len(parts) == 1:
+            return parts[0]
+        maps = [part.nll_map for part in parts if part.nll_map is not None]
+        return Raw(
+            np.concatenate([part.log_likelihood for part in parts]),
+            np.concatenate([part.statistics for part in parts]),
+            np.concatenate(maps) if maps else None,
+        )
+
+
+class Session:
+    """A graph ready to run; safe to share between threads.
+
+    Any number of images is split into batches of 2^k, so that onnxruntime sees few shapes, its
+    memory stays flat, and no slot is spent on padding.
+
+    Args:
+        model: bytes of model.onnx, already scanned by `read_bundle`.
+        device: "auto" takes CUDA where it works, "cpu", or "cuda" (an error where it does not).
+        threads: CPU threads; None takes what this process may use.
+        batch: the largest batch, a power of 2; None goes by the pixels of an image: activations
+            that stay in a CPU's cache (32 thumbnails), eight times as many on CUDA.
+
+    Raises:
+        UsageError: an unknown device, or "cuda" without a working one.
+        BundleError: a graph that onnxruntime refuses.
+    """
+
+    def __init__(
+        self,
+        model: bytes,
+        *,
+        device: str = "auto",
+        threads: int | None = None,
+        batch: int | None = None,
+    ) -> None:
+        wanted = _provider(device)
+        providers: list[str | tuple[str, dict[str, str]]] = [CPU]
+        if wanted == CUDA:
+            # TF32 is off by a thousandth: golden scores would not come out.
+            providers.insert(0, (CUDA, {"use_tf32": "0"}))
+        try:
+            self._session = ort.InferenceSession(model, _options(threads), providers)
+        except FAILURES as error:
+            raise BundleError(
+                f"model.onnx: onnxruntime refuses it: {_first_line(error)}"
+            ) from None
+        self.provider: str = self._session.get_providers()[0]
+        if device == "cuda" and self.provider != CUDA:
+            raise UsageError(
+                "device cuda: onnxruntime could not start CUDA here; use --device cpu"
+            )
+        self.batch = batch or _batch(self._session.get_inputs()[0].shape, self.provider)
+        self.outputs = [output.name for output in self._session.get_outputs()]
+
+    def run(
+        self,
+        images: NDArray[np.uint8],
+        *,
+        nll_map: bool = False,
+        progress: Callable[[int], object] | None = None,
+    ) -> Raw:
+        """Score images.
+
+        Args:
+            images: uint8 (N, H, W, C), N >= 1.
+            nll_map: fetch the per-pixel map too.
+            progress: called after each batch with the number of images in it.
+
+        Raises:
+            BundleError: the map was asked for and the graph has none, or the graph fails.
+        """
+        fetch = ["log_likelihood", "statistics"]
+        if nll_map:
+            if "nll_map" not in self.outputs:
+                raise BundleError("model.onnx has no per-pixel map (nll_map): no heatmaps from it")
+            fetch.append("nll_map")
+        parts = [
+            self._run(images[start:stop], fetch) for start, stop in self._batches(len(images))
+        ]
+        return Raw.concat(parts)
+
+    def _run(self, images: NDArray[np.uint8], fetch: list[str]) -> Raw:
+        try:
+            log_likelihood, statistics, *maps = self._session.run(fetch, {"image": images})
+        except FAILURES as error:
+            raise BundleError(f"model.onnx fails on images: {_first_line(error)}") from None
+        return Raw(log_likelihood.astype(np.float64), statistics, maps[0] if maps else None)
+
+    def _batches(self, n: int) -> Iterator[tuple[int, int]]:
+        start = 0
+        size = self.batch
+        while start < n:
+            while size > n - start:
+                size //= 2
+            yield start, start + size
+            start += size
+
+
+def _batch(shape: Sequence[int | str | None], provider: str) -> int:
+    pixels = 1
+    for side in shape[1:3]:
+        pixels *= side if isinstance(side, int) else 1
+    most, budget = (256, 1 << 18) if provider == CUDA else (32, 1 << 15)
+    return 1 << (min(most, max(1, budget // pixels)).bit_length() - 1)
+
+
+def available_cpus() -> int:
+    """CPUs this process may use: its affinity, cut down to its control group's quota."""
+    count = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
+    quota = _cgroup_quota(Path("/sys/fs/cgroup"))
+    return max(1, count if quota is None else min(count, round(quota)))
+
+
+def _cgroup_quota(root: Path) -> float | None:
+    """CPUs that version 2 (`cpu.max`) or version 1 of control groups leaves us; None: no limit."""
+    try:
+        quota, period = (root / "cpu.max").read_text().split()
+    except (OSError, ValueError):
+        try:
+            quota = (root / "cpu/cpu.cfs_quota_us").read_text()
+            period = (root / "cpu/cpu.cfs_period_us").read_text()
+        except OSError:
+            return None
+    try:
+        cpus = float(quota) / float(period)
+    except (ValueError, ZeroDivisionError):  # "max": no limit
+        return None
+    return cpus if cpus > 0 else None
+
+
+def _provider(device: str) -> str:
+    if device not in DEVICES:
+        raise UsageError(f"device must be one of {', '.join(DEVICES)}, not {device!r}")
+    if device == "cpu":
+        return CPU
+    # Asked for CUDA without a driver, onnxruntime prints to stderr and falls back: look first.
+    if CUDA in ort.get_available_providers() and _driver_loads():
+        return CUDA
+    if device == "cuda":
+        raise UsageError(
+            "device cuda: no NVIDIA driver (libcuda) or no onnxruntime-gpu here; use --device cpu"
+        )
+    return CPU
+
+
+def _driver_loads() -> bool:
+    try:
+        ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+    except OSError:
+        return False
+    return True
+
+
+def _options(threads: int | None) -> ort.SessionOptions:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads or available_cpus()
+    options.inter_op_num_threads = 1
+    options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+    options.log_severity_level = FATAL
+    # Idle threads that spin would take the CPU from decoding and from other bundles.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return options
+
+
+def _first_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

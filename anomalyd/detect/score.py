@@ -1,0 +1,283 @@
+"""The batch command: sources to rows of verdicts, streamed in the order of the inputs."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from array import array
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+from anomalyd.detect import conformal
+from anomalyd.detect.heatmap import heatmap_png
+from anomalyd.detect.manifest import dump_manifest
+from anomalyd.detect.output import (
+    ROWS_AT_A_TIME,
+    Journal,
+    Row,
+    columns,
+    file_format,
+    make_writer,
+)
+from anomalyd.detect.pipeline import Slab, scored
+from anomalyd.errors import AnomalydError, UsageError
+
+if TYPE_CHECKING:
+    from anomalyd.detect.detector import Detector
+    from anomalyd.sources import Item, Source
+
+__all__ = ["Scoring", "Summary", "score_to_file", "score_to_stream"]
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """What is asked of every image.
+
+    Attributes:
+        alpha: rate of false alarms, from `Detector.alpha`.
+        fdr: flag by Benjamini-Hochberg at this share of false flags; None flags by alpha.
+        explain: add each statistic's value and p-value.
+        heatmaps: folder for one PNG an image; None makes none.
+
+    Raises:
+        UsageError: an fdr outside (0, 1).
+    """
+
+    alpha: float
+    fdr: float | None = None
+    explain: bool = False
+    heatmaps: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.fdr is not None and not 0 < self.fdr < 1:
+            raise UsageError(f"--fdr must lie between 0 and 1, not {self.fdr:g}; try 0.1")
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns of a table of these rows."""
+        return columns(fdr=self.fdr is not None, explain=self.explain)
+
+
+@dataclass
+class Summary:
+    """Counts over all rows."""
+
+    images: int = 0
+    outliers: int = 0
+    unreadable: int = 0
+
+    def add(self, rows: Iterable[Row]) -> None:
+        """Count rows."""
+        for row in rows:
+            self.images += 1
+            if "error" in row:
+                self.unreadable += 1
+            elif row["outlier"]:
+                self.outliers += 1
+
+
+def score_to_stream(
+    detector: Detector,
+    source: Source,
+    scoring: Scoring,
+    kind: str,
+    stream: IO[bytes],
+    *,
+    progress: Callable[[int], object] = lambda _: None,
+) -> Summary:
+    """Score a source and write rows to a stream as they come; with an fdr, all at the end.
+
+    Args:
+        detector: the bundle.
+        source: the images.
+        scoring: what is asked of each.
+        kind: "table", "jsonl" or "csv".
+        stream: standard output, say.
+        progress: called with the number of images done.
+    """
+    writer = make_writer(kind, stream, scoring.columns)
+    summary = Summary()
+    rows = _rows(detector, source, scoring, progress=progress)
+    for slab in rows if scoring.fdr is None else _after_the_last(rows, scoring.fdr):
+        summary.add(slab)
+        writer.write(slab)
+        stream.flush()
+    writer.close()
+    stream.flush()
+    return summary
+
+
+def score_to_file(
+    detector: Detector,
+    source: Source,
+    scoring: Scoring,
+    path: Path,
+    *,
+    resume: bool = False,
+    progress: Callable[[int], object] = lambda _: None,
+) -> Summary:
+    """Score a source into a file that appears whole or not at all.
+
+    Args:
+        detector: the bundle.
+        source: the images.
+        scoring: what is asked of each.
+        path: ends in .parquet, .jsonl or .csv.
+        resume: go on after the rows that an interrupted run left in `path`.part.
+        progress: called with the number of images done.
+
+    Raises:
+        UsageError: another ending, or a journal of other options or other images.
+        MissingExtra: Parquet without pyarrow.
+        AnomalydError: the disk refuses.
+    """
+    kind = file_format(path)
+    with Journal(path, _header(detector, scoring), resume=resume) as journal:
+        items = iter(source)
+        _skip(items, journal)
+        progress(journal.count)
+        for rows in _rows(detector, items, scoring, first=journal.count, progress=progress):
+            journal.write(rows)
+        summary = Summary()
+        journal.finish(kind, scoring.columns, _counted(_final(journal, scoring.fdr), summary))
+    return summary
+
+
+def _rows(
+    detector: Detector,
+    items: Iterable[Item],
+    scoring: Scoring,
+    *,
+    first: int = 0,
+    progress: Callable[[int], object],
+) -> Iterator[list[Row]]:
+    maps = scoring.heatmaps
+    if maps is not None:
+        _make_folder(detector, maps)
+    for slab in scored(detector.session, detector.spec, items, nll_map=maps is not None):
+        yield _slab_rows(detector, slab, scoring)
+        if maps is not None:
+            _write_maps(slab, maps, first)
+        first += len(slab.items)
+        progress(len(slab.items))
+
+
+def _slab_rows(detector: Detector, slab: Slab, scoring: Scoring) -> list[Row]:
+    rows: list[Row] = [{"source": item.source, "index": item.index} for item in slab.items]
+    for place, error in slab.errors.items():
+        rows[place]["error"] = str(error)
+    if slab.raw is None:
+        return rows
+    judged = detector.columns(slab.raw, scoring.alpha)
+    likelihood, name = detector.manifest.likelihood, detector.manifest.score_name
+    for place, bits, score, p_value, outlier in zip(
+        slab.readable.tolist(),
+        judged.bits_per_dim.tolist(),
+        judged.score.tolist(),
+        judged.p_value.tolist(),
+        judged.outlier.tolist(),
+        strict=True,
+    ):
+        row = rows[place]
+        row["bits_per_dim"] = bits
+        row["likelihood"] = likelihood
+        row["score"] = score
+        row["score_name"] = name
+        row["p_value"] = p_value
+        row["alpha"] = scoring.alpha
+        row["outlier"] = outlier
+    if scoring.explain:
+        for i, place in enumerate(slab.readable):
+            rows[place]["explain"] = detector.explain(slab.raw, i)
+    return rows
+
+
+def _after_the_last(slabs: Iterable[list[Row]], fdr: float) -> Iterator[list[Row]]:
+    """The same rows with q-values, which need every p-value: they wait on disk meanwhile."""
+    with (
+        tempfile.TemporaryDirectory(prefix="anomalyd-") as folder,
+        Journal(Path(folder) / "rows", {}) as journal,
+    ):
+        for slab in slabs:
+            journal.write(slab)
+        decided = _final(journal, fdr)
+        while chunk := list(islice(decided, ROWS_AT_A_TIME)):
+            yield chunk
+
+
+def _q_values(rows: Iterable[Row]) -> Iterator[float]:
+    """q-values of the readable rows, in their order."""
+    p_values = array("d", (row["p_value"] for row in rows if "error" not in row))
+    return iter(conformal.benjamini_hochberg(p_values).tolist())
+
+
+def _decided(rows: Iterable[Row], q_values: Iterator[float], fdr: float) -> Iterator[Row]:
+    for row in rows:
+        if "error" not in row:
+            q_value = next(q_values)
+            row["outlier"] = q_value <= fdr
+            row["q_value"] = q_value
+        yield row
+
+
+def _final(journal: Journal, fdr: float | None) -> Iterator[Row]:
+    if fdr is None:
+        return journal.rows()
+    return _decided(journal.rows(), _q_values(journal.rows()), fdr)
+
+
+def _counted(rows: Iterable[Row], summary: Summary) -> Iterator[Row]:
+    for row in rows:
+        summary.add([row])
+        yield row
+
+
+def _header(detector: Detector, scoring: Scoring) -> Row:
+    """Everything that decides what a row says."""
+    digest = hashlib.sha256(dump_manifest(detector.manifest)).hexdigest()
+    return {"bundle": digest, "alpha": scoring.alpha, "explain": scoring.explain}
+
+
+def _skip(items: Iterator[Item], journal: Journal) -> None:
+    if journal.last is None:
+        return
+    item = next(islice(items, journal.count - 1, None), None)
+    if item is None or (item.source, item.index) != (
+        journal.last["source"],
+        journal.last["index"],
+    ):
+        raise UsageError(
+            f"--resume: row {journal.count} of {journal.part} is {journal.last['source']}, and "
+            f"the inputs have {item.source if item else 'none'} there; start without --resume"
+        )
+
+
+def _make_folder(detector: Detector, folder: Path) -> None:
+    if "nll_map" not in detector.session.outputs:
+        raise UsageError(
+            f"--heatmaps: bundle {detector.path} has no per-pixel map (nll_map); leave it out"
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise AnomalydError(f"--heatmaps {folder}: cannot be made: {error.strerror}") from error
+
+
+def _write_maps(slab: Slab, folder: Path, first: int) -> None:
+    """ROW-NAME.png for each readable image, ROW counting inputs from 0."""
+    if slab.raw is None or slab.raw.nll_map is None:
+        return
+    try:
+        for i, place in enumerate(slab.readable.tolist()):
+            item = slab.items[place]
+            index = "" if item.index is None else f"-{item.index}"
+            path = folder / f"{first + place:06d}-{Path(item.source).stem[:80]}{index}.png"
+            part = path.with_suffix(".part")
+            part.write_bytes(heatmap_png(slab.pixels[i], slab.raw.nll_map[i]))
+            os.replace(part, path)
+    except OSError as error:
+        raise AnomalydError(f"--heatmaps {folder}: cannot be written: {error.strerror}") from error
