@@ -253,7 +253,7 @@ def test_a_jpeg_with_further_pictures_is_its_first(photo):
 
 
 def test_a_single_frame_is_no_animation(grey):
-    """GIF and WebP of one frame are read; so is an APNG that announces one."""
+    """GIF, WebP and TIFF of one frame are read."""
     for kind in ("GIF", "WEBP", "TIFF"):
         assert decode(encoded(grey, kind, save_all=True), 1, LIMITS).shape == (28, 28, 1)
 
