@@ -14,12 +14,12 @@ import asyncio
 import base64
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib import resources
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import parse_qsl
 
 import msgspec
@@ -47,6 +47,7 @@ __all__ = ["create_app"]
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
 Pixels = NDArray[np.uint8]
 
 # A small image decodes in less time than it takes to reach another thread.
@@ -115,7 +116,7 @@ class Score:
         with self._bodies.intake() as intake:
             images = self._split(scope, await intake.read(scope, receive))
             model.batcher.admit(len(images))  # before the work of decoding
-            decoded = [await self._decode(image, model) for image in images]
+            decoded = await _each([self._decode(image, model) for image in images])
             del images
         if len(decoded) == 1 and isinstance(decoded[0], ImageError):
             raise decoded[0]
@@ -176,7 +177,7 @@ class Score:
         if watched:
             # Only a client that has to wait is worth watching: most are answered at once.
             await _answered_or_gone(futures, receive, batcher.drop)
-        scored = await asyncio.gather(*futures) if len(futures) > 1 else [await futures[0]]
+        scored = await _each(futures)
         for verdict, _, _ in scored:
             outcome = "outlier" if verdict.outlier else "normal"
             model.metrics.judged(
@@ -198,6 +199,13 @@ class Score:
             png = await loop.run_in_executor(self._pool, heatmap_png, pixels, raw.nll_map[row])
             result["heatmap"] = base64.b64encode(png).decode("ascii")
         return result
+
+
+async def _each(awaitables: Sequence[Awaitable[T]]) -> list[T]:
+    """What all of them give, in order; a lone one costs no task."""
+    if len(awaitables) == 1:
+        return [await awaitables[0]]
+    return await asyncio.gather(*awaitables)
 
 
 async def _answered_or_gone(

@@ -90,8 +90,7 @@ class Metrics:
         )
         self.rejected = Counter(
             "anomalyd_rejected_total",
-            "Requests refused to protect the daemon: "
-            "queue_full, deadline, too_large, slow_body, draining.",
+            "Requests refused to protect the daemon: queue_full, deadline, too_large, slow_body.",
             ["reason"],
             registry=registry,
         )

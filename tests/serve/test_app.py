@@ -12,6 +12,8 @@ from dataclasses import replace
 import httpx
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 from tiny import SIDE, draw, tiny_bundle
@@ -36,6 +38,9 @@ def encoded(pixels, kind="PNG", **options):
 
 NORMAL = encoded(draw(1, seed=7)[0])
 OUTLIER = encoded(BRIGHT)
+COLOUR = encoded(np.zeros((9, 9, 3), np.uint8))
+JPEG = encoded(np.zeros((16, 16), np.uint8), "JPEG")
+RANGE = st.integers(0, 30)
 
 
 class Daemon:
@@ -214,6 +219,27 @@ def test_a_bad_image_is_a_typed_4xx(bundle, body, status, reason):
     assert daemon.score(NORMAL).status_code == 200
     assert daemon.metric("anomalyd_decode_errors_total", reason=reason) == 1
     daemon.models.close()
+
+
+@pytest.fixture(scope="module")
+def lasting(bundle):
+    """One daemon for many examples."""
+    daemon = serve(bundle, max_pixels=30000)
+    yield daemon
+    daemon.models.close()
+
+
+@given(data=st.data())
+def test_no_body_makes_it_fail(lasting, data):
+    """Damaged images and arbitrary bytes, whole or as parts: 200 or a typed 4xx, never 500."""
+    whole = data.draw(st.sampled_from([NORMAL, COLOUR, JPEG, b""]))
+    cut = data.draw(st.integers(0, len(whole)))
+    body = whole[:cut] + data.draw(st.binary(max_size=30)) + whole[cut + data.draw(RANGE) :]
+    content_type = data.draw(st.sampled_from(["", "image/png", "multipart/form-data; boundary=x"]))
+    response = lasting.score(body, headers={"Content-Type": content_type})
+    if response.status_code != 200:
+        check_problem(response, response.status_code)
+        assert response.status_code in (400, 413, 415, 422)
 
 
 def test_large_images_are_decoded_off_the_event_loop(daemon):
