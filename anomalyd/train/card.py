@@ -1,0 +1,146 @@
+"""CARD.md: what a bundle is, what it may be trusted with, and how it came about."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from anomalyd.detect.bundle import Manifest
+    from anomalyd.train.report import Strange
+
+__all__ = ["Training", "write_card"]
+
+
+@dataclass(frozen=True)
+class Training:
+    """How the weights came about, for the card.
+
+    Attributes:
+        model: name of the density.
+        data: the DATA argument.
+        counts: images by split.
+        minutes: time spent in the loop.
+        machine: what it ran on.
+        images_per_second: training speed, on average.
+        validation: best validation loss, bits per dimension.
+        parity: largest difference between torch and onnxruntime, bits per dimension.
+        test: images in the test split, 0 where there is none.
+    """
+
+    model: str
+    data: str
+    counts: dict[str, int]
+    minutes: float
+    machine: str
+    images_per_second: float
+    validation: float
+    parity: float
+    test: int
+
+
+def write_card(
+    manifest: Manifest,
+    training: Training,
+    scores: NDArray[np.float64],
+    threshold: float,
+    strangest: list[Strange],
+) -> str:
+    """Return the card as Markdown.
+
+    Args:
+        manifest: of the bundle.
+        training: how it was trained.
+        scores: calibration scores, ascending.
+        threshold: the smallest score that is an outlier at the default alpha.
+        strangest: held-out normals, strangest first.
+    """
+    spec, alpha = manifest.image, manifest.default_alpha
+    bound = (
+        ""
+        if manifest.likelihood == "exact"
+        else f" (a lower bound on log p, {manifest.likelihood})"
+    )
+    test = manifest.bits_per_dim["test"]
+    measured = (
+        f"{test:.4f} bits/dim{bound} on the {training.test:,} images of the test split"
+        if test is not None
+        else f"{training.validation:.4f} bits/dim{bound} on the validation split; no test split"
+    )
+    counts = ", ".join(f"{name} {count:,}" for name, count in training.counts.items())
+    strange = "\n".join(
+        f"| {place} | `{item.name}` | {item.p_value:.4f} | {item.bits_per_dim:.3f} |"
+        for place, item in enumerate(strangest, start=1)
+    )
+    return f"""# {manifest.name}
+
+A `{training.model}` density of {spec.height}x{spec.width} images with {spec.channels} \
+channel(s), {manifest.parameters:,} parameters: {measured}.
+
+## What its verdict means
+
+An image is an outlier at alpha = {alpha:g} if its score, `{manifest.score_name}`, is \
+stranger than that of all but a share alpha of {manifest.calibration_n:,} held-out normal \
+images. The rate of false alarms is then at most alpha, on average over calibration sets, if \
+live normal images are exchangeable with the calibration images. After a change of camera, light \
+or product they are not: run `anomalyd calibrate` on new normal images.
+
+Typicality is two-sided: it sees images that are less *or more* likely than normal ones. It \
+cannot see an outlier whose likelihood is that of a normal image, such as a small patch or a flip.
+
+## Scores of the calibration images
+
+```
+{histogram(scores, threshold)}
+```
+
+## Strangest held-out normal images
+
+Real folders of normal images hide a few that are not. Look at these; names of wrong ones go into \
+a file for `anomalyd train --exclude FILE`. At {len(strangest)} of {manifest.calibration_n:,}, \
+small p-values are expected: they are the {len(strangest)} smallest.
+
+| | image | p-value | bits/dim |
+|---|---|---|---|
+{strange}
+
+## How it was made
+
+| | |
+|---|---|
+| data | `{training.data}`; {counts} (digest `{manifest.data_digest[:16]}`) |
+| licence | {manifest.licence} |
+| training | {training.minutes:.1f} minutes, {training.images_per_second:,.0f} images/s, \
+{training.machine} |
+| validation | {training.validation:.4f} bits/dim |
+| torch against onnxruntime | {training.parity:.1e} bits/dim at most |
+
+`recipe.toml` holds every setting. The numbers above come from one command:
+
+    anomalyd train {training.data} --recipe recipe.toml --out {manifest.name}
+"""
+
+
+def histogram(scores: NDArray[np.float64], threshold: float, *, bins: int = 20) -> str:
+    """Draw scores as rows of a bar chart, with the line where outliers begin.
+
+    Args:
+        scores: ascending.
+        threshold: the smallest score that is an outlier.
+        bins: rows up to the largest score or the threshold.
+    """
+    top = float(min(max(scores[-1], threshold), 2 * max(threshold, 1e-9)))
+    edges = np.linspace(0.0, top, bins + 1)
+    counts, _ = np.histogram(np.minimum(scores, top), edges)
+    widest = max(1, int(counts.max()))
+    rows, marked = [], False
+    for low, high, count in zip(edges[:-1], edges[1:], counts, strict=True):
+        if not marked and high >= threshold:
+            rows.append(f"{'-' * 12} outlier from {threshold:.4f} {'-' * 28}")
+            marked = True
+        rows.append(f"{low:6.3f}-{high:5.3f} {'#' * round(40 * int(count) / widest)} {count}")
+    return "\n".join(rows)

@@ -1,0 +1,355 @@
+"""The training loop: plain PyTorch, one page, exact to resume."""
+
+from __future__ import annotations
+
+import csv
+import math
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+import numpy as np
+import torch
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from anomalyd.errors import TrainingError
+from anomalyd.train import checkpoint
+from anomalyd.train.muon import Muon
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from anomalyd.density.base import Density
+    from anomalyd.train.settings import TrainSettings
+    from anomalyd.train.splits import Splits
+
+__all__ = ["Outcome", "Progress", "fit", "pick_device"]
+
+VALIDATION_IMAGES = 1_000
+"""A validation reads at most this many images: a mean over more would cost more than it tells."""
+
+
+class Progress(Protocol):
+    """What the loop tells whoever watches."""
+
+    def __call__(
+        self, *, step: int, steps: int, bits_per_dim: float, images_per_second: float
+    ) -> None: ...
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended; the model holds the best averaged weights.
+
+    Attributes:
+        steps: steps taken.
+        budget: steps planned.
+        steps_per_epoch: steps that read the training split once.
+        images: images seen, repetitions counted.
+        seconds: time spent training, over all resumed parts.
+        validation: best validation loss, bits per dimension (or its bound).
+        stopped_early: validation had stopped improving.
+    """
+
+    steps: int
+    budget: int
+    steps_per_epoch: int
+    images: int
+    seconds: float
+    validation: float
+    stopped_early: bool
+
+
+def pick_device(name: str) -> torch.device:
+    """Return the device for `auto`, `cpu` or `cuda`.
+
+    Raises:
+        TrainingError: `cuda` is asked for and there is none.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise TrainingError("--device cuda: torch finds no CUDA device; use --device auto or cpu")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def fit(
+    model: Density,
+    pixels: NDArray[np.uint8],
+    splits: Splits,
+    settings: TrainSettings,
+    folder: Path,
+    *,
+    device: torch.device,
+    minutes: float | None = None,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> Outcome:
+    """Minimise `model.loss` over the training split; keep the best averaged weights.
+
+    Args:
+        model: trained in place.
+        pixels: uint8 (N, H, W, C).
+        splits: which rows train and which validate.
+        settings: the [train] table.
+        folder: where checkpoint.safetensors and history.csv live.
+        device: where to train.
+        minutes: replaces `settings.epochs`: turned into steps after a short timing, and stored,
+            so that a resumed run keeps its schedule.
+        resume: continue from the checkpoint in `folder`.
+        progress: called after each step.
+
+    Raises:
+        TrainingError: nothing to resume, a checkpoint of another model, a loss that is not finite.
+        KeyboardInterrupt: Ctrl-C, after a checkpoint was written.
+    """
+    run = _Run(model, pixels, splits, settings, folder, device)
+    if resume:
+        run.restore()
+    else:
+        run.budget = run.steps_for(minutes)
+    try:
+        while run.step < run.budget and not run.stopped:
+            loss = run.train_step()
+            if progress is not None:
+                progress(
+                    step=run.step,
+                    steps=run.budget,
+                    bits_per_dim=loss,
+                    images_per_second=run.images_per_second,
+                )
+            if run.step % run.every == 0 or run.step == run.budget:
+                run.validate()
+            if run.stopwatch.since_mark() >= settings.checkpoint_seconds:
+                run.save()
+    except KeyboardInterrupt:
+        run.save()
+        raise
+    run.save()
+    model.load_state_dict(run.best.state_dict())
+    model.to("cpu").eval()
+    return Outcome(
+        steps=run.step,
+        budget=run.budget,
+        steps_per_epoch=run.batches_per_epoch,
+        images=run.step * settings.batch_size,
+        seconds=run.stopwatch.total(),
+        validation=run.best_loss,
+        stopped_early=run.stopped,
+    )
+
+
+class _Stopwatch:
+    """Seconds of this run and of those it continues, and seconds since a mark."""
+
+    def __init__(self) -> None:
+        self.before = 0.0
+        self.start = self.marked = time.monotonic()
+
+    def total(self) -> float:
+        return self.before + time.monotonic() - self.start
+
+    def since_mark(self) -> float:
+        return time.monotonic() - self.marked
+
+    def mark(self) -> None:
+        self.marked = time.monotonic()
+
+
+class _Run:
+    """The state of a run: all of it goes into a checkpoint."""
+
+    def __init__(
+        self,
+        model: Density,
+        pixels: NDArray[np.uint8],
+        splits: Splits,
+        settings: TrainSettings,
+        folder: Path,
+        device: torch.device,
+    ) -> None:
+        self.model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.pixels, self.rows, self.settings, self.device = pixels, splits.train, settings, device
+        self.validation = splits.validation[:VALIDATION_IMAGES]
+        self.checkpoint, self.history = folder / "checkpoint.safetensors", folder / "history.csv"
+        self.average = _averaged(model, settings.ema)
+        self.best = AveragedModel(model).module
+        self.optimizers = _optimizers(model, settings)
+        self.peaks = [group["lr"] for opt in self.optimizers for group in opt.param_groups]
+        self.batches_per_epoch = max(1, len(self.rows) // settings.batch_size)
+        self.autocast = _bfloat16_pays(device)
+        self.step = self.budget = self.bad = 0
+        self.best_loss, self.images_per_second = math.inf, 0.0
+        self.epoch_order = (-1, self.rows)
+        self.stopwatch = _Stopwatch()
+
+    @property
+    def every(self) -> int:
+        return max(1, self.budget // self.settings.evaluations)
+
+    @property
+    def stopped(self) -> bool:
+        return self.bad >= self.settings.patience
+
+    def steps_for(self, minutes: float | None) -> int:
+        """Turn epochs, or minutes after timing a few steps, into a number of steps."""
+        if minutes is None:
+            return max(1, round(self.settings.epochs * self.batches_per_epoch))
+        # Timed on copies of weights and moments: the run itself starts from its seed.
+        state = {name: value.clone() for name, value in self.model.state_dict().items()}
+        random = torch.get_rng_state()
+        self.budget = 1_000_000
+        began, steps = time.monotonic(), 0
+        while steps < 3 or (time.monotonic() - began < min(10.0, minutes * 6) and steps < 200):
+            self.train_step()
+            steps += 1
+            if steps == 2:  # the first steps allocate and choose kernels
+                began, warm = time.monotonic(), steps
+        seconds = (time.monotonic() - began) / (steps - warm)
+        self.model.load_state_dict(state)
+        torch.set_rng_state(random)
+        for optimizer in self.optimizers:
+            optimizer.state.clear()
+        self.average = _averaged(self.model, self.settings.ema)
+        self.step, self.stopwatch = 0, _Stopwatch()
+        return max(1, int(minutes * 60 / seconds))
+
+    def train_step(self) -> float:
+        """Take one step; return its loss in bits per dimension."""
+        began = time.monotonic()
+        scale = _schedule(self.step, self.budget, self.settings.warmup)
+        groups = (group for optimizer in self.optimizers for group in optimizer.param_groups)
+        for group, peak in zip(groups, self.peaks, strict=True):
+            group["lr"] = peak * scale
+        self.model.train()
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+            loss = self.model.loss(self.batch(self.step))
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
+        for optimizer in self.optimizers:
+            optimizer.step()
+        self.average.update_parameters(self.model)
+        self.step += 1
+        value = loss.item()
+        if not math.isfinite(value):
+            raise TrainingError(
+                f"the loss became {value} at step {self.step}; lower learning_rate "
+                f"({self.settings.learning_rate}) in the recipe and start again"
+            )
+        speed = self.settings.batch_size / (time.monotonic() - began)
+        self.images_per_second += (speed - self.images_per_second) * (
+            0.02 if self.step > 50 else 0.2
+        )
+        return value
+
+    def batch(self, step: int) -> torch.Tensor:
+        """Return the images of a step: which ones depends on the seed and the step alone."""
+        epoch, position = divmod(step, self.batches_per_epoch)
+        if self.epoch_order[0] != epoch:
+            generator = np.random.default_rng([self.settings.seed, epoch])
+            self.epoch_order = (epoch, generator.permutation(self.rows))
+        size = self.settings.batch_size
+        rows = self.epoch_order[1][position * size : (position + 1) * size]
+        return torch.from_numpy(self.pixels[np.sort(rows)]).to(self.device)
+
+    def validate(self) -> None:
+        """Score the averaged weights on the validation split and remember the best."""
+        averaged = cast("Density", self.average.module)
+        averaged.eval()
+        losses = [
+            -averaged.log_prob(images).double().sum().item()
+            for images in self._validation_batches()
+        ]
+        dims = self.model.shape.dims * math.log(2)
+        loss = math.fsum(losses) / (len(self.validation) * dims)
+        if loss < self.best_loss - 1e-4:
+            self.best.load_state_dict(averaged.state_dict())
+            self.best_loss, self.bad = loss, 0
+        else:
+            self.bad += 1
+        new = not self.history.exists()
+        with self.history.open("a", newline="") as file:
+            writer = csv.writer(file)
+            if new:
+                writer.writerow(
+                    ["step", "seconds", "images_per_second", "validation_bits_per_dim"]
+                )
+            row = [self.step, round(self.stopwatch.total(), 1), round(self.images_per_second, 1)]
+            writer.writerow([*row, round(loss, 5)])
+
+    @torch.no_grad()
+    def _validation_batches(self) -> Iterator[torch.Tensor]:
+        size = self.settings.batch_size * 2
+        for start in range(0, len(self.validation), size):
+            rows = self.validation[start : start + size]
+            with torch.no_grad():
+                yield torch.from_numpy(self.pixels[rows]).to(self.device)
+
+    def modules(self) -> dict[str, torch.nn.Module]:
+        return {"model": self.model, "average": self.average, "best": self.best}
+
+    def save(self) -> None:
+        """Write a checkpoint."""
+        progress = {
+            "step": self.step,
+            "budget": self.budget,
+            "bad": self.bad,
+            "best": self.best_loss if math.isfinite(self.best_loss) else None,
+            "seconds": self.stopwatch.total(),
+        }
+        checkpoint.save(self.checkpoint, self.modules(), self.optimizers, progress)
+        self.stopwatch.mark()
+
+    def restore(self) -> None:
+        """Continue from the checkpoint."""
+        if not self.checkpoint.exists():
+            raise TrainingError(
+                f"there is nothing to resume: {self.checkpoint} does not exist; "
+                "train without --resume"
+            )
+        progress = checkpoint.load(self.checkpoint, self.modules(), self.optimizers)
+        self.step, self.budget, self.bad = progress["step"], progress["budget"], progress["bad"]
+        self.best_loss = math.inf if progress["best"] is None else progress["best"]
+        self.stopwatch.before = progress["seconds"]
+
+
+def _averaged(model: Density, decay: float) -> AveragedModel:
+    """Return an exponential moving average whose memory grows with the run, up to `decay`."""
+
+    def update(averaged: Any, current: Any, n: torch.Tensor | int) -> None:
+        ramp = (1 + int(n)) / (10 + int(n))
+        get_ema_multi_avg_fn(min(decay, ramp))(averaged, current, n)
+
+    return AveragedModel(model, multi_avg_fn=update, use_buffers=False)
+
+
+def _schedule(step: int, budget: int, warmup: int) -> float:
+    """Return the learning rate's factor: a linear warm-up, then half a cosine down to 1 %."""
+    ramp = min(1.0, (step + 1) / max(1, min(warmup, budget // 10)))
+    return ramp * (0.01 + 0.99 * (1 + math.cos(math.pi * min(1.0, step / budget))) / 2)
+
+
+def _optimizers(model: Density, settings: TrainSettings) -> list[torch.optim.Optimizer]:
+    """Kernels by `settings.optimizer`; what embeds or reads out, and vectors, always by AdamW."""
+    parameters = dict(model.named_parameters())
+    kernels = [p for name, p in parameters.items() if p.ndim >= 2 and not model.is_edge(name)]
+    chosen = {id(p) for p in kernels}
+    rest = [p for p in parameters.values() if id(p) not in chosen]
+    betas = (0.9, 0.99)
+    adamw = torch.optim.AdamW(rest, lr=settings.adamw_learning_rate, betas=betas, weight_decay=0.0)
+    if settings.optimizer == "muon":
+        return [adamw, Muon(kernels, lr=settings.learning_rate)]
+    adamw.add_param_group({"params": kernels, "lr": settings.learning_rate})
+    return [adamw]
+
+
+def _bfloat16_pays(device: torch.device) -> bool:
+    """Tell whether the device multiplies bfloat16 natively; emulated, float32 is faster."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported() and torch.cpu._is_avx512_bf16_supported()

@@ -1,0 +1,65 @@
+"""The table of densities: a name, the class behind it (imported late), and its recipe.
+
+Adding a density: one file in `density/`, one recipe in `train/recipes/`, one line here.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+from typing import TYPE_CHECKING, Any
+
+from anomalyd.errors import MissingExtra, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from anomalyd.density.base import Density
+    from anomalyd.images import ImageSpec
+
+__all__ = ["MODELS", "build"]
+
+MODELS = {
+    "gated-pixelcnn": "anomalyd.density.gated_pixelcnn:GatedPixelCNN",
+    "vae": "anomalyd.density.vae:VAE",
+}
+
+
+def build(name: str, spec: ImageSpec, options: Mapping[str, Any]) -> Density:
+    """Make the density `name` for images of `spec`, with untrained weights.
+
+    Args:
+        name: a key of `MODELS`.
+        spec: image shape and levels.
+        options: the recipe's [density] table, the keyword arguments of the class.
+
+    Raises:
+        UsageError: an unknown model or option, or a value that the class refuses.
+        MissingExtra: torch is not installed.
+    """
+    if name not in MODELS:
+        raise UsageError(f"no model is called {name!r}; there are {', '.join(MODELS)}")
+    module, attribute = MODELS[name].split(":")
+    try:
+        density = getattr(importlib.import_module(module), attribute)
+        from anomalyd.density.base import ImageShape
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise MissingExtra("torch", "train") from error
+    known = [
+        parameter.name
+        for parameter in inspect.signature(density).parameters.values()
+        if parameter.kind is parameter.KEYWORD_ONLY
+    ]
+    for key in options:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(known)}"
+            raise UsageError(f"{name} has no option {key!r}{hint}")
+    shape = ImageShape(spec.height, spec.width, spec.channels, spec.levels)
+    try:
+        return density(shape, **options)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"{name}: {error}") from error

@@ -1,0 +1,29 @@
+"""Every setting of training, defined once: recipes and flags are derived from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from anomalyd.config import setting
+
+__all__ = ["TrainSettings"]
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """The [train] table of a recipe."""
+
+    epochs: float = setting(10.0, help="passes over the training split", low=0.0)
+    batch_size: int = setting(16, help="images a step", low=1)
+    optimizer: str = setting(
+        "muon", help="rule for the convolution kernels", choices=("muon", "adamw")
+    )
+    learning_rate: float = setting(0.02, help="of the kernels, at its peak", low=0.0)
+    adamw_learning_rate: float = setting(0.002, help="of all other parameters", low=0.0)
+    warmup: int = setting(100, help="steps of linear warm-up", low=0)
+    ema: float = setting(0.999, help="decay of the averaged weights, a step", low=0.0, high=1.0)
+    clip: float = setting(1.0, help="largest gradient norm", low=0.0)
+    evaluations: int = setting(20, help="validations over the whole run", low=1)
+    patience: int = setting(5, help="validations without progress before an early stop", low=1)
+    checkpoint_seconds: float = setting(30.0, help="seconds between checkpoints, at most", low=0.0)
+    seed: int = setting(0, help="seed of weights, splits and data order", low=0)
