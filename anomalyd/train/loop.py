@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import math
+import os
+import shutil
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, cast
@@ -181,6 +183,9 @@ class _Run:
         self.peaks = [group["lr"] for opt in self.optimizers for group in opt.param_groups]
         self.batches_per_epoch = max(1, len(self.rows) // settings.batch_size)
         self.autocast = _bfloat16_pays(device)
+        self.loss = model.loss
+        if settings.compile and _can_compile(device):
+            self.loss = torch.compile(model.loss, dynamic=False)
         self.step = self.budget = self.bad = 0
         self.best_loss, self.images_per_second = math.inf, 0.0
         self.epoch_order = (-1, self.rows)
@@ -226,7 +231,7 @@ class _Run:
             group["lr"] = peak * scale
         self.model.train()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
-            loss = self.model.loss(self.batch(self.step))
+            loss = self.loss(self.batch(self.step))
         for optimizer in self.optimizers:
             optimizer.zero_grad()
         loss.backward()
@@ -353,3 +358,9 @@ def _bfloat16_pays(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.ops.mkldnn._is_mkldnn_bf16_supported() and torch.cpu._is_avx512_bf16_supported()
+
+
+def _can_compile(device: torch.device) -> bool:
+    """Tell whether torch.compile has what it needs: on the CPU, a C++ compiler."""
+    compilers = (os.environ.get("CXX"), "g++", "clang++", "cl")
+    return device.type == "cuda" or any(shutil.which(name) for name in compilers if name)

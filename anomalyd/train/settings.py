@@ -18,12 +18,15 @@ class TrainSettings:
     optimizer: str = setting(
         "muon", help="rule for the convolution kernels", choices=("muon", "adamw")
     )
-    learning_rate: float = setting(0.02, help="of the kernels, at its peak", low=0.0)
+    learning_rate: float = setting(0.006, help="of the kernels, at its peak", low=0.0)
     adamw_learning_rate: float = setting(0.002, help="of all other parameters", low=0.0)
     warmup: int = setting(100, help="steps of linear warm-up", low=0)
     ema: float = setting(0.999, help="decay of the averaged weights, a step", low=0.0, high=1.0)
     clip: float = setting(1.0, help="largest gradient norm", low=0.0)
+    compile: bool = setting(
+        False, help="fuse the model with torch.compile: a minute at the start, a third off after"
+    )
     evaluations: int = setting(20, help="validations over the whole run", low=1)
-    patience: int = setting(5, help="validations without progress before an early stop", low=1)
+    patience: int = setting(10, help="validations without progress before an early stop", low=1)
     checkpoint_seconds: float = setting(30.0, help="seconds between checkpoints, at most", low=0.0)
     seed: int = setting(0, help="seed of weights, splits and data order", low=0)

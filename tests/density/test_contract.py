@@ -1,0 +1,278 @@
+"""One contract for every density, over every likelihood, channel count and bound."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from anomalyd.density.base import Density, ImageShape
+from anomalyd.density.gated_pixelcnn import GatedPixelCNN
+from anomalyd.density.vae import VAE
+
+GREY, RGB = ImageShape(6, 5, 1), ImageShape(6, 5, 3)
+PIXELS = ("categorical", "logistic-mixture")
+
+
+def pixelcnn(shape: ImageShape, **options) -> GatedPixelCNN:
+    torch.manual_seed(0)
+    return GatedPixelCNN(shape, **({"features": 8, "dilations": (1, 2), "components": 3} | options))
+
+
+def vae(shape: ImageShape, **options) -> VAE:
+    torch.manual_seed(0)
+    return VAE(shape, **({"features": 4, "latent": 3, "components": 3} | options))
+
+
+AUTOREGRESSIVE = {
+    f"pixelcnn-{shape.channels}-{pixel}": (pixelcnn, shape, {"pixel": pixel})
+    for shape in (GREY, RGB)
+    for pixel in PIXELS
+}
+DENSITIES = AUTOREGRESSIVE | {
+    "vae-grey": (vae, GREY, {}),
+    "vae-rgb-categorical": (vae, RGB, {"pixel": "categorical"}),
+    "vae-iwae": (vae, GREY, {"bound": "iwae", "samples": 3}),
+    "vae-odd-size": (vae, ImageShape(7, 9, 1), {}),
+}
+
+
+@pytest.fixture(params=DENSITIES)
+def density(request) -> Density:
+    make, shape, options = DENSITIES[request.param]
+    return make(shape, **options)
+
+
+@pytest.fixture(params=AUTOREGRESSIVE)
+def autoregressive(request) -> Density:
+    make, shape, options = AUTOREGRESSIVE[request.param]
+    return make(shape, **options)
+
+
+def images(shape: ImageShape, n: int = 4) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    size = (n, shape.height, shape.width, shape.channels)
+    return torch.randint(0, 256, size, dtype=torch.uint8, generator=generator)
+
+
+def test_scores_have_the_shapes_and_types_of_the_contract(density):
+    """log_prob is (N,) float32 and finite; statistics and map fit the names and the image."""
+    x = images(density.shape)
+    scores = density(x)
+
+    assert density.log_prob(x).shape == (4,)
+    assert scores.log_likelihood.shape == (4, 1)
+    assert scores.log_likelihood.dtype == torch.float32
+    assert scores.statistics.shape == (4, len(density.statistics))
+    assert len(density.units) == len(density.statistics)
+    assert scores.nll_map.shape == (4, density.shape.height, density.shape.width)
+    assert all(torch.isfinite(part).all() for part in scores)
+
+
+def test_every_parameter_learns(density):
+    """The training loss sends a gradient to every parameter."""
+    density.loss(images(density.shape)).backward()
+
+    assert [name for name, p in density.named_parameters() if p.grad is None] == []
+
+
+def test_training_mode_scores_as_evaluation_mode(density):
+    """Without dropout the two modes give the same numbers."""
+    x = images(density.shape)
+
+    assert torch.equal(density.train().log_prob(x), density.eval().log_prob(x))
+
+
+def test_one_image_gets_one_score_whatever_its_batch(density):
+    """A score does not depend on the other images of the batch, nor on the time of asking."""
+    x = images(density.shape)
+    together = density.log_prob(x)
+    alone = torch.cat([density.log_prob(x[i : i + 1]) for i in range(len(x))])
+
+    torch.testing.assert_close(alone, together, rtol=1e-6, atol=1e-3)
+
+
+def test_state_survives_saving(density, tmp_path):
+    """Weights stored and loaded into a fresh density give the same scores."""
+    x = images(density.shape)
+    torch.save(density.state_dict(), tmp_path / "state")
+    expected = density.log_prob(x)
+    with torch.no_grad():
+        for parameter in density.parameters():
+            parameter.zero_()
+    density.load_state_dict(torch.load(tmp_path / "state", weights_only=True))
+
+    assert torch.equal(density.log_prob(x), expected)
+
+
+def test_exact_map_sums_to_the_score(autoregressive):
+    """For an autoregressive density the map is the score, pixel by pixel."""
+    scores = autoregressive(images(autoregressive.shape))
+
+    assert autoregressive.likelihood == "exact"
+    total = -scores.nll_map.double().sum(dim=(1, 2))
+    torch.testing.assert_close(total.float(), scores.log_likelihood[:, 0])
+
+
+def test_pixel_sees_only_what_comes_before(autoregressive):
+    """Changing pixel t moves nothing before t, and what follows does see it (no blind spot)."""
+    shape = autoregressive.shape
+    x = images(shape, 1)
+    with torch.no_grad():
+        before = autoregressive(x).nll_map.flatten()
+        seen_by_later = []
+        for t in range(shape.height * shape.width):
+            changed = x.clone()
+            changed[0, t // shape.width, t % shape.width] ^= 0x55
+            moved = (autoregressive(changed).nll_map.flatten() - before).abs() > 0
+            assert not moved[:t].any(), t
+            seen_by_later.append(int(moved[t + 1 :].sum()))
+
+    neighbours = sum(count > 0 for count in seen_by_later)
+    assert neighbours >= shape.height * shape.width - 2
+
+
+@pytest.mark.parametrize("pixel", PIXELS)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_later_channels_see_earlier_ones(pixel, channels):
+    """Within a pixel red informs green and blue, and nothing flows back."""
+    density = pixelcnn(ImageShape(2, 2, channels), pixel=pixel)
+    with torch.no_grad():
+        for parameter in density.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    x = images(density.shape, 1)
+    values = density.quantise(x)
+    context = density.context(density.centred(values))
+
+    changed = values.clone()
+    changed[..., channels - 1] = (changed[..., channels - 1] + 100) % 256
+
+    # The context of the first pixel is constant: only the pixel's own channels can differ.
+    assert torch.equal(
+        context[..., 0, 0], density.context(density.centred(changed))[..., 0, 0]
+    )
+
+
+@pytest.mark.parametrize("pixel", PIXELS)
+def test_density_sums_to_one_over_all_binary_images(pixel):
+    """exp(log_prob) over all 512 binary 3x3 images adds up to one, exactly."""
+    density = pixelcnn(ImageShape(3, 3, 1, levels=2), pixel=pixel)
+    every = torch.tensor(list(itertools.product([0, 255], repeat=9)), dtype=torch.uint8)
+
+    with torch.no_grad():
+        total = density.log_prob(every.reshape(-1, 3, 3, 1)).double().exp().sum()
+
+    assert total.item() == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("pixel", PIXELS)
+def test_density_sums_to_one_over_all_colours(pixel):
+    """exp(log_prob) over all 4^6 images of two RGB pixels with four levels adds up to one."""
+    density = pixelcnn(ImageShape(1, 2, 3, levels=4), pixel=pixel)
+    every = torch.tensor(list(itertools.product([0, 64, 128, 192], repeat=6)), dtype=torch.uint8)
+
+    with torch.no_grad():
+        total = density.log_prob(every.reshape(-1, 1, 2, 3)).double().exp().sum()
+
+    assert total.item() == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("spread", [1e-3, 1.0, 30.0])
+@pytest.mark.parametrize("pixel", PIXELS)
+def test_pixel_likelihood_sums_to_one_over_256_levels(pixel, spread):
+    """All 256 levels of one pixel have total probability one, however extreme the weights."""
+    density = pixelcnn(ImageShape(1, 1, 1), pixel=pixel)
+    with torch.no_grad():
+        for parameter in density.pixel.parameters():
+            parameter.mul_(spread)
+        every = torch.arange(256, dtype=torch.uint8).reshape(-1, 1, 1, 1)
+        total = density.log_prob(every).double().exp().sum()
+
+    assert total.item() == pytest.approx(1, abs=1e-4)
+
+
+def enumerable_vae(samples: int, bound: str = "iwae") -> VAE:
+    """A VAE over the 16 binary images of 4x4 that are constant by row."""
+    density = vae(ImageShape(4, 4, 1, levels=2), latent=1, bound=bound, samples=samples)
+    with torch.no_grad():
+        for parameter in density.parameters():
+            parameter.mul_(1.5)
+    return density
+
+
+def exact_log_p(density: VAE, x: Tensor) -> Tensor:
+    """log p(x) by quadrature over the one latent dimension."""
+    z = torch.linspace(-8, 8, 2001).unsqueeze(1)
+    values = density.quantise(x)
+    features = density.decoder(z)
+    log_p = []
+    for value, inputs in zip(values, density.centred(values), strict=True):
+        shape = (len(z), *value.shape)
+        map_ = density.pixel(
+            features, value.expand(shape), inputs.expand(len(z), *inputs.shape)
+        )
+        log_prior = -z[:, 0].square() / 2 - math.log(2 * math.pi) / 2
+        log_joint = map_.double().sum(dim=(1, 2)) + log_prior
+        log_p.append(torch.logsumexp(log_joint, dim=0) + math.log(16 / 2000))
+    return torch.stack(log_p)
+
+
+def test_bound_is_a_bound_and_tightens_with_more_samples():
+    """Over 2,000 noise banks the mean bound stays below log p(x) and rises with K."""
+    x = images(ImageShape(4, 4, 1), 3)
+    means, exact = [], None
+    for samples in (1, 4):
+        density = enumerable_vae(samples)
+        with torch.no_grad():
+            exact = exact_log_p(density, x)
+            generator = torch.Generator().manual_seed(2)
+            bounds = []
+            for _ in range(2000):
+                density.noise.copy_(torch.randn(samples, 1, generator=generator))
+                bounds.append(density.log_prob(x).double())
+        stacked = torch.stack(bounds)
+        error = stacked.std(dim=0) / math.sqrt(len(stacked))
+        assert (stacked.mean(dim=0) <= exact + 3 * error).all()
+        means.append(stacked.mean(dim=0))
+
+    assert (means[1] > means[0]).all()
+
+
+def test_elbo_splits_into_reconstruction_and_divergence():
+    """-ELBO = reconstruction + KL, and the divergence is never negative."""
+    density = vae(GREY)
+    scores = density(images(GREY))
+    reconstruction, kl = scores.statistics[:, 0], scores.statistics[:, 1]
+
+    torch.testing.assert_close(-scores.log_likelihood[:, 0], reconstruction + kl)
+    assert (kl >= 0).all()
+
+
+def test_log_likelihood_survives_extreme_weights():
+    """A pixel a thousand scales away from every component still has a finite log-likelihood."""
+    density = pixelcnn(GREY, pixel="logistic-mixture")
+    with torch.no_grad():
+        density.pixel.parameters_of.weight.mul_(1e3)
+
+    assert torch.isfinite(density.log_prob(images(GREY))).all()
+
+
+@pytest.mark.parametrize(
+    ("make", "shape", "options", "words"),
+    [
+        (pixelcnn, GREY, {"kernel": 4}, "odd"),
+        (pixelcnn, GREY, {"pixel": "gaussian"}, "categorical or logistic-mixture"),
+        (pixelcnn, ImageShape(6, 5, 2), {}, "1 or 3 channels"),
+        (pixelcnn, ImageShape(6, 5, 1, levels=1), {}, "2..256"),
+        (vae, ImageShape(3, 8, 1), {}, "4x4"),
+        (vae, GREY, {"bound": "chain"}, "elbo or iwae"),
+        (vae, GREY, {"samples": 0}, "at least 1"),
+    ],
+)
+def test_impossible_options_are_refused_with_a_reason(make, shape, options, words):
+    """What a density cannot be is a ValueError that names the rule."""
+    with pytest.raises(ValueError, match=words):
+        make(shape, **options)
