@@ -1,6 +1,8 @@
 """`python -m anomalyd` is `anomalyd`."""
 
+import sys
+
 from anomalyd.cli import main
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -2,7 +2,8 @@
 
     python tests/make_fixture.py ../shared/data
 
-The first images of each split, in the order of the full sets, and a few of them as PNG files.
+The first images of each split, in the order of the full sets, and a few of them as PNG files,
+one with noise added.
 The output depends on the input alone: gzip's time stamp is zero.
 """
 
@@ -42,6 +43,13 @@ def write_idx(path: Path, values: NDArray[np.uint8]) -> None:
     path.write_bytes(gzip.compress(header + values.tobytes(), 9, mtime=0))
 
 
+def with_noise(images: NDArray[np.uint8], share: float = 0.1, seed: int = 0) -> NDArray[np.uint8]:
+    """Images in which about a `share` of the pixels is replaced by uniform noise."""
+    rng = np.random.default_rng(seed)
+    hit = rng.random(images.shape) < share
+    return np.where(hit, rng.integers(0, 256, images.shape, dtype=np.uint8), images)
+
+
 def main(full: Path, out: Path) -> None:
     for name, counts in COUNTS.items():
         (out / name).mkdir(parents=True, exist_ok=True)
@@ -55,6 +63,8 @@ def main(full: Path, out: Path) -> None:
         labels = read_idx(full / name / "t10k-labels-idx1-ubyte.gz")
         first = int(np.argmax(labels == label))
         Image.fromarray(images[first]).save(out / "images" / f"{picture}.png", optimize=True)
+    shirt = np.asarray(Image.open(out / "images" / "shirt.png"))
+    Image.fromarray(with_noise(shirt)).save(out / "images" / "noisy-shirt.png", optimize=True)
 
 
 if __name__ == "__main__":

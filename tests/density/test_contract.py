@@ -19,7 +19,9 @@ PIXELS = ("categorical", "logistic-mixture")
 
 def pixelcnn(shape: ImageShape, **options) -> GatedPixelCNN:
     torch.manual_seed(0)
-    return GatedPixelCNN(shape, **({"features": 8, "dilations": (1, 2), "components": 3} | options))
+    return GatedPixelCNN(
+        shape, **({"features": 8, "dilations": (1, 2), "components": 3} | options)
+    )
 
 
 def vae(shape: ImageShape, **options) -> VAE:
@@ -151,9 +153,7 @@ def test_later_channels_see_earlier_ones(pixel, channels):
     changed[..., channels - 1] = (changed[..., channels - 1] + 100) % 256
 
     # The context of the first pixel is constant: only the pixel's own channels can differ.
-    assert torch.equal(
-        context[..., 0, 0], density.context(density.centred(changed))[..., 0, 0]
-    )
+    assert torch.equal(context[..., 0, 0], density.context(density.centred(changed))[..., 0, 0])
 
 
 @pytest.mark.parametrize("pixel", PIXELS)
@@ -211,9 +211,7 @@ def exact_log_p(density: VAE, x: Tensor) -> Tensor:
     log_p = []
     for value, inputs in zip(values, density.centred(values), strict=True):
         shape = (len(z), *value.shape)
-        map_ = density.pixel(
-            features, value.expand(shape), inputs.expand(len(z), *inputs.shape)
-        )
+        map_ = density.pixel(features, value.expand(shape), inputs.expand(len(z), *inputs.shape))
         log_prior = -z[:, 0].square() / 2 - math.log(2 * math.pi) / 2
         log_joint = map_.double().sum(dim=(1, 2)) + log_prior
         log_p.append(torch.logsumexp(log_joint, dim=0) + math.log(16 / 2000))

@@ -40,7 +40,7 @@ checkpoint_seconds = 0.0
 """
 SMALL = {
     "vae": "features = 4\nlatent = 4\ncomponents = 2",
-    "gated-pixelcnn": "features = 8\ndilations = [1, 2]\ncomponents = 2\npixel = 'logistic-mixture'",
+    "gated-pixelcnn": "features = 8\ndilations = [1, 2]\npixel = 'logistic-mixture'",
 }
 
 
@@ -86,7 +86,9 @@ def test_run_folder_keeps_the_report_and_no_image_copy(bundle):
     folder = bundle.with_name("clothes.run")
 
     assert {path.name for path in folder.iterdir()} >= {
-        "history.csv", "strangest.csv", "strangest.png",
+        "history.csv",
+        "strangest.csv",
+        "strangest.png",
     }
     assert not (folder / "pixels.npy").exists()
     assert len((folder / "strangest.csv").read_text().splitlines()) == 21

@@ -1,0 +1,265 @@
+"""Every number that README and cards publish about speed, memory and false alarms.
+
+    python tests/bench/bench.py --data ../shared/data [--only NAME]
+
+Ratios compare two ways of doing the same work in the same run on the same machine; absolute
+figures are this machine's. Prints one Markdown table; what misses its target says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+from bench_serve import daemon, get
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the tests' own helpers
+from make_fixture import with_noise
+
+from anomalyd.detect.conformal import p_table, p_values
+from anomalyd.detect.detector import Detector
+from anomalyd.detect.score import Scoring, score_to_stream
+from anomalyd.sources import open_source
+
+ROOT = Path(__file__).parents[2]
+TRAINED = ROOT / "trained"
+ANOMALYD = str(Path(sys.executable).with_name("anomalyd"))
+Row = tuple[str, str, str, bool | None]
+BENCHES: list[Callable[[Path], Iterator[Row]]] = []
+
+
+def bench(function: Callable[[Path], Iterator[Row]]) -> Callable[[Path], Iterator[Row]]:
+    BENCHES.append(function)
+    return function
+
+
+def row(what: str, value: float, form: str, low: float | None = None, high: float | None = None):
+    """One line of the table: the value, its target, and whether it is met."""
+    target = "" if low is high is None else f">= {low:g}" if high is None else f"< {high:g}"
+    met = None if not target else (value >= low if high is None else value < high)
+    return what, form.format(value), target, met
+
+
+def seconds(work: Callable[[], object], times: int = 3) -> float:
+    """The fastest of a few runs."""
+    best = float("inf")
+    for _ in range(times):
+        began = time.perf_counter()
+        work()
+        best = min(best, time.perf_counter() - began)
+    return best
+
+
+def images_of(data: Path, name: str, n: int = 10_000) -> np.ndarray:
+    items = open_source(data / name, split="test")
+    images = [item.payload for _, item in zip(range(n), items, strict=False)]
+    return np.stack(images).reshape(-1, 28, 28, 1)
+
+
+@bench
+def density(data: Path) -> Iterator[Row]:
+    """Bits per dimension of the test sets, as the manifests state them."""
+    for folder in sorted(TRAINED.glob("*/manifest.json")):
+        manifest = json.loads(folder.read_text())
+        if (bits := manifest["bits_per_dim"]["test"]) is None:
+            continue
+        high = 2.95 if manifest["name"] == "fashion-mnist-pixelcnn" else None
+        yield row(f"{manifest['name']}: bits/dim on the test split", bits, "{:.4f}", high=high)
+        yield row(f"{manifest['name']}: parameters", manifest["parameters"], "{:,}", high=700_000)
+        size = sum(path.stat().st_size for path in folder.parent.iterdir()) / 2**20
+        yield row(f"{manifest['name']}: bundle, MiB", size, "{:.2f}", high=12)
+
+
+@bench
+def false_alarms(data: Path) -> Iterator[Row]:
+    """200 random splits of pooled calibration-size and test images: the mean realised rate."""
+    for name in ("fashion-mnist-pixelcnn", "fashion-mnist-vae", "mnist-pixelcnn", "mnist-vae"):
+        detector = Detector.load(TRAINED / name)
+        images = images_of(data, name.rsplit("-", 1)[0])
+        judged = detector.columns(detector.session.run(images), 0.5)
+        pooled = np.concatenate([detector.calibration.scores, judged.score])
+        n, rng = len(detector.calibration.scores), np.random.default_rng(0)
+        table = p_table(n)
+        rates = {0.01: [], 0.05: []}
+        for _ in range(200):
+            mixed = rng.permutation(pooled)
+            p = p_values(mixed[n:], np.sort(mixed[:n]), table)
+            for alpha, found in rates.items():
+                found.append(float((p <= alpha).mean()))
+        for alpha, found in rates.items():
+            promised = np.floor((n + 1) * alpha) / (n + 1)
+            error = np.std(found) / np.sqrt(len(found))
+            off = abs(np.mean(found) - promised) / error
+            mean = np.mean(found)
+            what = f"{name}: mean false alarms at {alpha:g} are {mean:.5f}; standard errors off"
+            yield row(what, float(off), "{:.2f}", high=2.0)
+
+
+@bench
+def recall(data: Path) -> Iterator[Row]:
+    """The share of outliers that the default alpha catches, single images."""
+    for name, normal, other in (
+        ("fashion-mnist-pixelcnn", "fashion-mnist", "mnist"),
+        ("fashion-mnist-vae", "fashion-mnist", "mnist"),
+        ("mnist-pixelcnn", "mnist", "fashion-mnist"),
+        ("mnist-vae", "mnist", "fashion-mnist"),
+    ):
+        detector = Detector.load(TRAINED / name)
+        for what, images in (
+            ("a tenth of the pixels noise", with_noise(images_of(data, normal, 2_000))),
+            (other, images_of(data, other, 2_000)),
+        ):
+            judged = detector.columns(detector.session.run(images), detector.alpha(None))
+            yield row(f"{name}: caught at 0.01, {what}", judged.outlier.mean(), "{:.3f}")
+
+
+@bench
+def training_speed(data: Path) -> Iterator[Row]:
+    """The recipe's step against the same density's plain float32 NCHW loop."""
+    import torch
+
+    from anomalyd.images import ImageSpec
+    from anomalyd.train.loop import _Run
+    from anomalyd.train.models import build
+    from anomalyd.train.recipe import default_recipe
+    from anomalyd.train.splits import split
+
+    images = images_of(data, "fashion-mnist", 2000)
+    torch.set_num_threads(os.cpu_count() or 1)
+    options = default_recipe("gated-pixelcnn").density | {"features": 32}
+    settings = default_recipe("gated-pixelcnn").train
+    hashes = np.arange(len(images), dtype=np.uint64)
+    with tempfile.TemporaryDirectory() as folder:
+        model = build("gated-pixelcnn", ImageSpec(28, 28, 1), options)
+        rows = split(hashes, [None] * len(hashes))
+        run = _Run(model, images, rows, settings, Path(folder), torch.device("cpu"))
+        run.budget = 10**6
+        for _ in range(3):
+            run.train_step()
+        ours = settings.batch_size * 20 / seconds(lambda: [run.train_step() for _ in range(20)])
+    plain = build("gated-pixelcnn", ImageSpec(28, 28, 1), options)
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-3)
+
+    def step(start: int) -> None:
+        loss = plain.loss(torch.from_numpy(images[start : start + settings.batch_size]))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    step(0)
+    theirs = settings.batch_size * 20 / seconds(lambda: [step(16 * i) for i in range(20)])
+    count = sum(p.numel() for p in plain.parameters())
+    yield row(f"training, {count:,} parameters: images/s", ours, "{:.0f}")
+    yield row("training: its own float32 NCHW loop, images/s", theirs, "{:.0f}")
+    yield row("training: ratio", ours / theirs, "{:.2f}", low=1.8)
+
+
+@bench
+def scoring(data: Path) -> Iterator[Row]:
+    """`anomalyd score` to JSON lines against onnxruntime alone on the same graph."""
+    cases = (
+        ("fashion-mnist-pixelcnn", 512, {"png": 0.9}),
+        ("fashion-mnist-vae", 10_000, {"idx": 0.9, "png": 0.6}),
+    )
+    for name, n, kinds in cases:
+        detector = Detector.load(TRAINED / name)
+        images = images_of(data, "fashion-mnist", n)
+        bare = n / seconds(lambda d=detector, x=images: d.session.run(x))
+        yield row(f"{name}: onnxruntime alone, images/s", bare, "{:,.0f}")
+        with tempfile.TemporaryDirectory() as folder:
+            for i, image in enumerate(images):
+                Image.fromarray(image[..., 0]).save(Path(folder) / f"{i:05}.png")
+            np.save(Path(folder) / "images.npy", images)
+            for kind, low in kinds.items():
+                place = folder if kind == "png" else str(data / "fashion-mnist") + ":test"
+                if kind == "png":
+                    (Path(folder) / "images.npy").unlink(missing_ok=True)
+
+                def score(d=detector, place=place) -> None:
+                    with Path(os.devnull).open("wb") as out:
+                        score_to_stream(d, open_source(place), Scoring(0.01), "jsonl", out)
+
+                speed = n / seconds(score)
+                yield row(f"{name}: from {kind.upper()}, images/s", speed, "{:,.0f}")
+                yield row(f"{name}: from {kind.upper()}, ratio", speed / bare, "{:.2f}", low=low)
+
+
+def resident_mib(n: int, data: Path) -> float:
+    """Peak memory of a process that scores n images with the VAE."""
+    code = (
+        "import sys, resource, itertools\n"
+        "from anomalyd.detect.detector import Detector\n"
+        "from anomalyd.detect.pipeline import scored\n"
+        "from anomalyd.sources import open_source\n"
+        "d = Detector.load(sys.argv[1]); n = int(sys.argv[3])\n"
+        "for _ in scored(d.session, d.spec, itertools.islice(open_source(sys.argv[2]), n)): pass\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)\n"
+    )
+    source = str(data / "fashion-mnist") + ":train"
+    command = [sys.executable, "-c", code, str(TRAINED / "fashion-mnist-vae"), source, str(n)]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+@bench
+def memory(data: Path) -> Iterator[Row]:
+    """Peak memory of a batch job does not grow with its size."""
+    few, many = resident_mib(1_000, data), resident_mib(60_000, data)
+    yield row("scoring 1,000 images: peak memory, MiB", few, "{:.0f}")
+    yield row("scoring 60,000 images: memory against 1,000", many / few, "{:.2f}", high=1.1)
+
+
+@bench
+def start_up(data: Path) -> Iterator[Row]:
+    """How long a user waits, and what an idle daemon holds."""
+    help_ = seconds(lambda: subprocess.run([ANOMALYD, "--help"], capture_output=True), 5)
+    yield row("anomalyd --help, ms", help_ * 1000, "{:.0f}", high=150)
+    with daemon(str(TRAINED)) as (port, starting):
+        yield row("start to /readyz with all of trained/, s", starting, "{:.2f}", high=2.0)
+        time.sleep(1)
+        metrics = get(port, "/metrics")[1]
+        memory = next(
+            float(line.split()[1])
+            for line in metrics.splitlines()
+            if line.startswith("process_resident_memory_bytes ")
+        )
+        yield row("idle memory with all of trained/, MiB", memory / 2**20, "{:.0f}", high=160)
+
+
+@bench
+def serving(data: Path) -> Iterator[Row]:
+    """Single-image requests on one daemon, the client on the same cores."""
+    script = Path(__file__).with_name("bench_serve.py")
+    command = [sys.executable, str(script), str(TRAINED / "fashion-mnist-vae")]
+    found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    yield row(
+        "fashion-mnist-vae: requests/s, 32 connections", found["requests_per_second"], "{:,.0f}"
+    )
+    yield row("fashion-mnist-vae: p99, ms", found["p99_ms"], "{:.1f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, default=ROOT / "../shared/data")
+    parser.add_argument("--only", default="")
+    asked = parser.parse_args()
+    print("| what | measured | target | met |\n|---|---|---|---|")
+    for function in BENCHES:
+        if asked.only in function.__name__:
+            for what, value, target, met in function(asked.data):
+                mark = "" if met is None else "yes" if met else "NO"
+                print(f"| {what} | {value} | {target} | {mark} |", flush=True)
+            gc.collect()
+
+
+if __name__ == "__main__":
+    main()
