@@ -17,9 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from anomalyd.errors import AnomalydError, BundleError, UsageError
+from anomalyd.errors import AnomalydError, BundleError, MissingExtra, UsageError
 
 if TYPE_CHECKING:
+    from types import ModuleType
+
     from anomalyd.detect.detector import Detector
     from anomalyd.detect.evaluate import Evaluated
 
@@ -52,13 +54,19 @@ bundle = click.argument("bundle", type=PATH)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code; every error is one line on stderr."""
     try:
-        with contextlib.suppress(click.exceptions.Exit):
-            code = anomalyd.main(arguments, prog_name="anomalyd", standalone_mode=False)
+        # Not anomalyd.main(): that has an exit code of its own for a closed pipe.
+        given = sys.argv[1:] if arguments is None else list(arguments)
+        with anomalyd.make_context("anomalyd", given) as context:
+            code = anomalyd.invoke(context)
             sys.stdout.flush()
             return code if isinstance(code, int) else 0
-        return 0
+    except click.exceptions.Exit as done:
+        return done.exit_code
     except AnomalydError as error:
         return _fail(str(error), error.exit_code)
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        return USAGE
     except click.UsageError as error:
         command = error.ctx.command_path if error.ctx else "anomalyd"
         return _fail(f"{error.format_message().rstrip('.')} (see {command} --help)", USAGE)
@@ -106,18 +114,17 @@ def anomalyd() -> None:
 @click.option("--licence", metavar="TEXT", help="Licence of the weights, for the bundle's card.")
 def train(channels: str | None, **options: Any) -> int:
     """Train a density on the normal images in DATA and write a calibrated bundle."""
-    from anomalyd.train import commands
-
-    return commands.train(channels=int(channels) if channels else None, **options) or 0
+    commands = _training()
+    code = commands.train(channels=int(channels) if channels else None, **options)
+    return int(code or 0)
 
 
 @anomalyd.command()
 @bundle
 def export(bundle: Path) -> int:
     """Export the graph of BUNDLE again, from its weights."""
-    from anomalyd.train import commands
-
-    return commands.export(bundle) or 0
+    commands = _training()
+    return int(commands.export(bundle) or 0)
 
 
 @anomalyd.command()
@@ -391,6 +398,17 @@ anomalyd.add_command(
         "A setting is taken from its flag, else ANOMALYD_SERVE_NAME, else --config.",
     )
 )
+
+
+def _training() -> ModuleType:
+    try:
+        from anomalyd.train import commands
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package == "anomalyd":
+            raise
+        raise MissingExtra(package, "train") from error
+    return commands
 
 
 def _named(outliers: tuple[str, ...]) -> dict[str, str]:

@@ -117,8 +117,17 @@ def test_conditional_table_flags_the_largest_rank_that_keeps_the_promise(alpha):
 
 @pytest.mark.parametrize(
     ("alpha", "confidence", "images"),
-    [(0.01, None, 99), (0.05, None, 19), (0.001, None, 999), (1 / 3, None, 2), (0.5, None, 1)]
-    + [(0.01, 0.95, 299), (0.05, 0.95, 59), (0.001, 0.95, 2995), (0.01, 0.99, 459)],
+    [
+        (0.01, None, 99),
+        (0.05, None, 19),
+        (0.001, None, 999),
+        (1 / 3, None, 2),
+        (0.5, None, 1),
+        (0.01, 0.95, 299),
+        (0.05, 0.95, 59),
+        (0.001, 0.95, 2995),
+        (0.01, 0.99, 459),
+    ],
 )
 def test_images_needed(alpha, confidence, images):
     """One image fewer does not reach alpha, this many do; 1 % at 95 % takes 299."""

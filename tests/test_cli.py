@@ -1,0 +1,321 @@
+"""The command line from outside: exit codes, one-line errors, what goes to which stream."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import tiny
+from PIL import Image
+
+from anomalyd import cli
+from anomalyd.detect.bundle import read_bundle
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory):
+    return tiny.tiny_bundle(tmp_path_factory.mktemp("bundle"))
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """20 drawn images as PNG, and one all white."""
+    folder = tmp_path_factory.mktemp("images")
+    for i, pixels in enumerate(tiny.draw(20, seed=5)):
+        Image.fromarray(pixels[..., 0]).save(folder / f"{i:02d}.png")
+    Image.fromarray(np.full((4, 4), 255, np.uint8)).save(folder / "white.png")
+    return folder
+
+
+@pytest.fixture
+def run(capfdbinary):
+    """Run a command in this process: exit code, stdout, stderr."""
+
+    def call(*arguments):
+        code = cli.main([str(argument) for argument in arguments])
+        out, err = capfdbinary.readouterr()
+        return code, out.decode(), err.decode()
+
+    return call
+
+
+@contextlib.contextmanager
+def spawned(*arguments):
+    """The command in a process of its own, which does not outlive the test."""
+    command = [sys.executable, "-m", "anomalyd", *map(str, arguments)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def wait_for(part, size, process):
+    """Until a journal has grown to `size` bytes."""
+    while not part.exists() or part.stat().st_size < size:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+
+
+COMMANDS = [[], ["train"], ["export"], ["calibrate"], ["evaluate"], ["score"], ["serve"]]
+COMMANDS += [["sample"], ["bundle"], ["bundle", "inspect"], ["bundle", "verify"]]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_every_command_has_help(run, command):
+    """--help ends with 0 and says how to call it."""
+    code, out, err = run(*command, "--help")
+    assert (code, err) == (0, "")
+    assert out.startswith("Usage: " + " ".join(["anomalyd", *command]))
+
+
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [
+        (
+            "train",
+            "--model --out --labels --image-size --channels --minutes --epochs --device --group "
+            "--exclude --init --resume --recipe",
+        ),
+        ("calibrate", "--confidence --refit --group"),
+        ("evaluate", "--normal --outliers --labels --alpha --limit --seed --format"),
+        ("score", "--alpha --fdr --format --output --heatmaps --explain --device --resume"),
+        ("serve", "--host --port --default-model --device --config"),
+        ("sample", "--label --seed --output"),
+    ],
+)
+def test_options_of_the_contract(run, command, options):
+    """Names that scripts rely on."""
+    _, out, _ = run(command, "--help")
+    assert [option for option in options.split() if option not in out] == []
+
+
+def imported(*arguments):
+    """Modules that a command imports, in a process of its own."""
+    program = (
+        "import sys; from anomalyd.cli import main; main(sys.argv[1:]); "
+        "print('\\n'.join(sys.modules), file=sys.stderr)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return set(done.stderr.split())
+
+
+@pytest.mark.parametrize("command", [["--help"], ["score", "--help"], ["train", "--help"]])
+def test_help_imports_nothing_heavy(command):
+    """Help is answered without numpy, onnxruntime, rich or torch."""
+    heavy = {"numpy", "onnxruntime", "rich", "torch", "PIL", "starlette", "msgspec"}
+    assert imported(*command) & heavy == set()
+
+
+def test_the_import_budget_can_fail(bundle):
+    """The same measurement sees numpy where it is used, and never torch."""
+    modules = imported("bundle", "verify", bundle)
+    assert {"numpy", "onnxruntime"} <= modules
+    assert modules & {"torch", "onnx", "scipy", "sklearn", "matplotlib", "pyarrow"} == set()
+
+
+def test_version(run):
+    """The name and the version, and 0."""
+    code, out, _ = run("--version")
+    assert code == 0
+    assert out.startswith("anomalyd 0.")
+
+
+def test_score_prints_data_on_stdout_and_a_summary_on_stderr(run, bundle, images):
+    """Every line of stdout is a row."""
+    code, out, err = run("score", bundle, images, "--format", "jsonl")
+    assert code == 0
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert len(rows) == 21
+    assert rows[-1]["outlier"] is True
+    assert err.startswith("21 images, ")
+    assert "outliers at alpha 0.01" in err
+
+
+def test_unreadable_inputs_are_exit_code_3(run, bundle, images, tmp_path):
+    """Named in their rows, and nothing else is lost."""
+    (tmp_path / "broken.png").write_bytes((images / "white.png").read_bytes()[:40])
+    code, out, err = run("score", bundle, images, tmp_path, "--format", "jsonl")
+    assert code == 3
+    assert len(out.splitlines()) == 22
+    assert json.loads(out.splitlines()[-1])["source"].endswith("broken.png")
+    assert "1 could not be read" in err
+
+
+def test_errors_are_one_line(run, bundle, images, tmp_path):
+    """What, why, what to do; 1 for what failed, 2 for what cannot be meant; never a traceback."""
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    (tmp_path / "empty").mkdir()
+    data = images
+    cases = [
+        (["score", bundle], 2, "PATH"),
+        (["score", bundle, tmp_path / "nothing"], 1, "no such file"),
+        (["score", tmp_path / "none", images], 1, "none"),
+        (["score", bundle, tmp_path / "empty"], 1, "holds no images"),
+        (["score", bundle, tmp_path / "broken.png"], 1, "none of 1 inputs could be read"),
+        (["score", bundle, images, "--alpha", "1e-9"], 1, "needs 999999999 calibration images"),
+        (["score", bundle, images, "--alpha", "2"], 2, "between 0 and 1"),
+        (["score", bundle, images, "--alpha", "x"], 2, "--alpha"),
+        (["score", bundle, images, "--fdr", "2"], 2, "--fdr"),
+        (["score", bundle, images, "--output", tmp_path / "x.txt"], 2, ".parquet"),
+        (["score", bundle, images, "--output", tmp_path / "no/x.csv"], 1, "cannot be written"),
+        (["score", bundle, images, "--resume"], 2, "--output"),
+        (["evaluate", bundle, "--nonsense"], 2, "--nonsense"),
+        (["evaluate", bundle], 2, "--normal"),
+        (["evaluate", bundle, "--normal", data, "--outliers", "x"], 2, "NAME=DATA"),
+        (["evaluate", bundle, "--normal", data, "--outliers", "a=x", "--outliers", "a=y"], 2, "a"),
+        (["evaluate", bundle, "--normal", data, "--limit", "0"], 2, "--limit"),
+        (["calibrate", bundle, data, "--confidence", "95"], 2, "0.95"),
+        (["calibrate", bundle, data, "--group", "x"], 2, "--refit"),
+        (["sample", bundle], 1, "no sampler"),
+        (["bundle", "verify", tmp_path], 1, "is not a regular file"),
+        (["serve", "--config", tmp_path / "none.toml"], 2, "none.toml"),
+        (["frobnicate"], 2, "frobnicate"),
+    ]
+    for arguments, expected, text in cases:
+        code, out, err = run(*arguments)
+        assert code == expected, (arguments, err)
+        assert err.count("\n") == 1, err
+        assert err.startswith("anomalyd: "), err
+        assert text in err, err
+        assert "Traceback" not in out + err
+
+
+def test_missing_torch_names_the_extra(run, monkeypatch, tmp_path):
+    """Training is an extra; without it one line says how to install it."""
+    for name in [name for name in sys.modules if name.split(".")[0] == "torch"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    code, _, err = run("train", tmp_path, "--model", "vae", "--out", tmp_path / "x")
+    assert code == 1
+    assert err == "anomalyd: torch is not installed; run: pip install 'anomalyd[train]'\n"
+
+
+def test_bundle_inspect_and_verify(run, bundle):
+    """A summary for people, the manifest for machines, and a check of both files and graph."""
+    code, out, _ = run("bundle", "inspect", bundle)
+    assert code == 0
+    for text in ("tiny 1", "0.01 by default, 0.005 at the smallest", "exact", "exchangeable"):
+        assert text in out
+    code, out, _ = run("bundle", "inspect", "--format", "json", bundle, bundle)
+    assert [json.loads(line)["name"] for line in out.splitlines()] == ["tiny", "tiny"]
+    code, out, _ = run("bundle", "verify", bundle, bundle)
+    assert code == 0
+    assert out.count("good") == 2
+
+
+def test_a_broken_bundle_does_not_hide_the_others(run, bundle, tmp_path):
+    """Each is named; the exit code is the worst."""
+    other = tiny.tiny_bundle(tmp_path, name="other")
+    tiny_model = other / "model.onnx"
+    tiny_model.write_bytes(tiny_model.read_bytes()[:-1])
+    code, out, err = run("bundle", "verify", other, bundle)
+    assert code == 1
+    assert "model.onnx" in err
+    assert "good" in out
+
+
+def test_calibrate_reports_what_it_did(run, tmp_path):
+    """Refused images, the new alpha and the promise, on stderr."""
+    path = tiny.tiny_bundle(tmp_path)
+    seen, new = tiny.draw(400, seed=1)[:5], tiny.draw(299, seed=90)
+    np.save(tmp_path / "x.npy", np.concatenate([seen, new]))
+    code, out, err = run("calibrate", path, tmp_path / "x.npy", "--confidence", "0.95")
+    assert (code, out) == (0, "")
+    assert "5 images refused" in err
+    assert "on 299 images: false alarms at most alpha with 0.95 confidence" in err
+    assert read_bundle(path).manifest.default_alpha == 0.01
+    code, _, err = run("calibrate", path, tmp_path / "x.npy", "--refit", "--group", r"\d")
+    assert code == 1
+    assert "group" in err
+
+
+def test_evaluate_prints_one_object_or_a_table(run, bundle, tmp_path):
+    """The same numbers twice, and twice the same bytes for a sample."""
+    np.save(tmp_path / "normal.npy", tiny.draw(300, seed=91))
+    np.save(tmp_path / "white.npy", np.full((40, 4, 4), 255, np.uint8))
+    command = ["evaluate", bundle, "--normal", tmp_path / "normal.npy"]
+    command += ["--outliers", f"white={tmp_path / 'white.npy'}", "--limit", "30"]
+    code, out, _ = run(*command, "--format", "json")
+    result = json.loads(out)
+    assert code == 0
+    assert result["n"] == 30
+    assert result["auroc"] == {"white": 1.0}
+    assert run(*command, "--format", "json")[1] == out
+    assert run(*command, "--format", "json", "--seed", "1")[1] != out
+    code, table, _ = run(*command)
+    assert code == 0
+    assert "white" in table
+    assert "99.9 %" in table
+
+
+def test_an_evaluation_root_brings_its_outliers(run, bundle, tmp_path):
+    """train/good, test/good and test/KIND are enough alone."""
+    for folder, seed in (("train/good", 1), ("test/good", 92), ("test/scratch", 93)):
+        (tmp_path / folder).mkdir(parents=True)
+        for i, pixels in enumerate(tiny.draw(12, seed=seed)):
+            Image.fromarray(pixels[..., 0]).save(tmp_path / folder / f"{i}.png")
+    code, out, _ = run("evaluate", bundle, "--normal", tmp_path, "--format", "json")
+    assert code == 0
+    assert set(json.loads(out)["auroc"]) == {"scratch"}
+
+
+def test_a_closed_pipe_is_no_error(bundle, tmp_path):
+    """`anomalyd score ... | head -1` ends quietly."""
+    np.save(tmp_path / "x.npy", tiny.draw(20_000, seed=94))
+    with spawned("score", bundle, tmp_path / "x.npy", "--format", "jsonl") as process:
+        assert process.stdout.readline().startswith('{"source"')
+        process.stdout.close()
+        assert process.wait(60) == 0
+        assert process.stderr.read() == ""
+
+
+def test_interrupted_is_130(bundle, tmp_path):
+    """Ctrl-C: one line, 130, the journal kept, no file."""
+    np.save(tmp_path / "x.npy", tiny.draw(400_000, seed=95))
+    part = tmp_path / "x.csv.part"
+    with spawned("score", bundle, tmp_path / "x.npy", "--output", tmp_path / "x.csv") as process:
+        wait_for(part, 10_000, process)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130
+        assert process.stderr.read() == "anomalyd: interrupted\n"
+    assert part.exists()
+    assert not (tmp_path / "x.csv").exists()
+
+
+def test_a_killed_output_is_resumed(run, bundle, tmp_path):
+    """SIGKILL half way leaves the old file; --resume ends with what one run would have written."""
+    count = 40_000
+    np.save(tmp_path / "x.npy", tiny.draw(count, seed=96))
+    path, part = tmp_path / "rows.jsonl", tmp_path / "rows.jsonl.part"
+    path.write_text("old\n")
+    with spawned("score", bundle, tmp_path / "x.npy", "--output", path) as process:
+        wait_for(part, 100_000, process)
+        os.kill(process.pid, signal.SIGKILL)
+    assert path.read_text() == "old\n"
+    code, out, _ = run("score", bundle, tmp_path / "x.npy", "--output", path, "--resume")
+    assert (code, out) == (0, "")
+    with path.open() as lines:
+        indices = [json.loads(line)["index"] for line in lines]
+    assert indices == list(range(count))
+    assert not part.exists()
+
+
+def test_no_command_shows_the_help(run):
+    """`anomalyd` alone is a question, answered on stderr."""
+    code, out, err = run()
+    assert (code, out) == (2, "")
+    assert err.startswith("Usage: anomalyd")
