@@ -23,11 +23,11 @@ lint: .venv/all
 
 # The numbers in README and cards, and the speed ratios; minutes, not seconds.
 bench: .venv/all
-	$(BIN)/python -m tests.bench --data $(DATA)
+	$(BIN)/python tests/bench/bench.py --data $(DATA)
 
 # The pictures in README and cards.
 figures: .venv/all
-	$(BIN)/python -m tests.bench.figures
+	$(BIN)/python tests/bench/figures.py
 
 .venv/base: pyproject.toml constraints.txt | .venv/bin/python
 	$(PIP) --editable .
