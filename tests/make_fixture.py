@@ -43,7 +43,7 @@ def write_idx(path: Path, values: NDArray[np.uint8]) -> None:
     path.write_bytes(gzip.compress(header + values.tobytes(), 9, mtime=0))
 
 
-def with_noise(images: NDArray[np.uint8], share: float = 0.1, seed: int = 0) -> NDArray[np.uint8]:
+def with_noise(images: NDArray[np.uint8], share: float = 0.2, seed: int = 0) -> NDArray[np.uint8]:
     """Images in which about a `share` of the pixels is replaced by uniform noise."""
     rng = np.random.default_rng(seed)
     hit = rng.random(images.shape) < share

@@ -116,7 +116,7 @@ def recall(data: Path) -> Iterator[Row]:
     ):
         detector = Detector.load(TRAINED / name)
         for what, images in (
-            ("a tenth of the pixels noise", with_noise(images_of(data, normal, 2_000))),
+            ("a fifth of the pixels noise", with_noise(images_of(data, normal, 2_000))),
             (other, images_of(data, other, 2_000)),
         ):
             judged = detector.columns(detector.session.run(images), detector.alpha(None))
