@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 
 from anomalyd.errors import UsageError
 
-__all__ = ["from_table", "load", "options", "setting"]
+__all__ = ["check_key", "from_table", "load", "options", "setting"]
 
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
@@ -176,7 +176,7 @@ def _environment(cls: type[Any], prefix: str) -> dict[str, Any]:
     for variable, text in os.environ.items():
         if variable.startswith(prefix):
             name = variable.removeprefix(prefix).lower()
-            _known(cls, name, "environment", spelling=lambda n: prefix + n.upper())
+            check_key(name, _names(cls), "environment", spelling=lambda n: prefix + n.upper())
             where = f"environment {variable}"
             given[name] = _check(cls, name, _parsed(_kind(cls, name), text), where)
     return given
@@ -185,20 +185,31 @@ def _environment(cls: type[Any], prefix: str) -> dict[str, Any]:
 def _checked(cls: type[Any], mapping: Mapping[str, Any], where: str) -> dict[str, Any]:
     checked = {}
     for name, value in mapping.items():
-        _known(cls, name, where)
+        check_key(name, _names(cls), where)
         checked[name] = _check(cls, name, value, f"{where}: {name}")
     return checked
 
 
-def _known(
-    cls: type[Any], name: str, where: str, spelling: Callable[[str], str] = lambda name: name
+def check_key(
+    name: str,
+    known: Collection[str],
+    where: str,
+    spelling: Callable[[str], str] = lambda name: name,
 ) -> None:
-    names = [field.name for field in dataclasses.fields(cls)]
-    if name not in names:
-        nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
+    """Refuse a key that is not among the `known`, naming the nearest.
+
+    Raises:
+        UsageError: the key is unknown.
+    """
+    if name not in known:
+        nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
         raise UsageError(
             f"{where}: unknown key {spelling(name)}; the nearest known one is {spelling(nearest)}"
         )
+
+
+def _names(cls: type[Any]) -> list[str]:
+    return [field.name for field in dataclasses.fields(cls)]
 
 
 def _check(cls: type[Any], name: str, value: Any, where: str) -> Any:

@@ -5,11 +5,11 @@ Adding a density: one file in `density/`, one recipe in `train/recipes/`, one li
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 from typing import TYPE_CHECKING, Any
 
+from anomalyd.config import check_key
 from anomalyd.errors import MissingExtra, UsageError
 
 if TYPE_CHECKING:
@@ -54,10 +54,7 @@ def build(name: str, spec: ImageSpec, options: Mapping[str, Any]) -> Density:
         if parameter.kind is parameter.KEYWORD_ONLY
     ]
     for key in options:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(known)}"
-            raise UsageError(f"{name} has no option {key!r}{hint}")
+        check_key(key, known, f"recipe of {name} [density]")
     shape = ImageShape(spec.height, spec.width, spec.channels, spec.levels)
     try:
         return density(shape, **options)

@@ -9,14 +9,13 @@ model = "gated-pixelcnn"
 
 from __future__ import annotations
 
-import difflib
 import json
 import tomllib
 from dataclasses import asdict, dataclass, field
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
-from anomalyd.config import from_table
+from anomalyd.config import check_key, from_table
 from anomalyd.errors import UsageError
 from anomalyd.train.models import MODELS
 from anomalyd.train.settings import TrainSettings
@@ -83,28 +82,22 @@ def parse_recipe(text: str, where: str) -> Recipe:
         raw = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise UsageError(f"{where} is not TOML: {error}") from error
-    _known(raw, TABLES, where)
+    for key in raw:
+        check_key(key, TABLES, where)
     if not isinstance(raw.get("model"), str):
         raise UsageError(f"{where}: model must name one of {', '.join(MODELS)}")
     for table in ("image", "density", "train"):
         if not isinstance(raw.get(table, {}), dict):
             raise UsageError(f"{where}: {table} must be a table, [{table}]")
     image = raw.get("image", {})
-    _known(image, IMAGE_KEYS, f"{where} [image]")
+    for key in image:
+        check_key(key, IMAGE_KEYS, f"{where} [image]")
     return Recipe(
         model=raw["model"],
         image=image,
         density=raw.get("density", {}),
         train=from_table(TrainSettings, raw.get("train", {}), f"{where} [train]"),
     )
-
-
-def _known(table: dict[str, Any], keys: tuple[str, ...], where: str) -> None:
-    for key in table:
-        if key not in keys:
-            near = difflib.get_close_matches(key, keys, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(keys)}"
-            raise UsageError(f"{where}: unknown key {key!r}{hint}")
 
 
 def _value(value: Any) -> str:
