@@ -185,6 +185,8 @@ class _Run:
         self.autocast = _bfloat16_pays(device)
         self.loss = model.loss
         if settings.compile and _can_compile(device):
+            # A compiler that fails slows training down; it does not end it.
+            torch._dynamo.config.suppress_errors = True
             self.loss = torch.compile(model.loss, dynamic=False)
         self.step = self.budget = self.bad = 0
         self.best_loss, self.images_per_second = math.inf, 0.0
