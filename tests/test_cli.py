@@ -194,16 +194,6 @@ def test_errors_are_one_line(run, bundle, images, tmp_path):
         assert "Traceback" not in out + err
 
 
-def test_missing_torch_names_the_extra(run, monkeypatch, tmp_path):
-    """Training is an extra; without it one line says how to install it."""
-    for name in [name for name in sys.modules if name.split(".")[0] == "torch"]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "torch", None)
-    code, _, err = run("train", tmp_path, "--model", "vae", "--out", tmp_path / "x")
-    assert code == 1
-    assert err == "anomalyd: torch is not installed; run: pip install 'anomalyd[train]'\n"
-
-
 def test_bundle_inspect_and_verify(run, bundle):
     """A summary for people, the manifest for machines, and a check of both files and graph."""
     code, out, _ = run("bundle", "inspect", bundle)

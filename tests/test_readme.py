@@ -91,9 +91,10 @@ def daemon() -> Iterator[str]:
         for _ in range(600):
             with contextlib.suppress(OSError):
                 connection = http.client.HTTPConnection("127.0.0.1", int(port), timeout=5)
-                connection.request("GET", "/readyz")
-                if connection.getresponse().status == 200:
-                    break
+                with contextlib.closing(connection):
+                    connection.request("GET", "/readyz")
+                    if connection.getresponse().status == 200:
+                        break
             assert process.poll() is None
             time.sleep(0.1)
         yield port
