@@ -23,6 +23,7 @@ class Training:
     Attributes:
         model: name of the density.
         data: the DATA argument.
+        out: the bundle's folder, as it was named.
         counts: images by split.
         minutes: time spent in the loop.
         machine: what it ran on.
@@ -34,6 +35,7 @@ class Training:
 
     model: str
     data: str
+    out: str
     counts: dict[str, int]
     minutes: float
     machine: str
@@ -119,9 +121,9 @@ small p-values are expected: they are the {len(strangest)} smallest.
 | validation | {training.validation:.4f} bits/dim |
 | torch against onnxruntime | {training.parity:.1e} bits/dim at most |
 
-`recipe.toml` holds every setting. The numbers above come from one command:
+`recipe.toml` holds every setting. One command trains it again:
 
-    anomalyd train {training.data} --recipe recipe.toml --out {manifest.name}
+    anomalyd train {training.data} --recipe {training.out}/recipe.toml --out again
 """
 
 

@@ -301,6 +301,7 @@ def _bundle(
     about = card.Training(
         model=recipe.model,
         data=job.data,
+        out=str(out),
         counts={split: len(getattr(splits, split)) for split in SPLITS},
         minutes=outcome.seconds / 60,
         machine=f"{available_cpus()} CPU cores ({platform.machine()})",
