@@ -264,6 +264,7 @@ class _Run:
         rows = self.epoch_order[1][position * size : (position + 1) * size]
         return torch.from_numpy(self.pixels[np.sort(rows)]).to(self.device)
 
+    @torch.no_grad()
     def validate(self) -> None:
         """Score the averaged weights on the validation split and remember the best."""
         averaged = cast("Density", self.average.module)
@@ -289,13 +290,11 @@ class _Run:
             row = [self.step, round(self.stopwatch.total(), 1), round(self.images_per_second, 1)]
             writer.writerow([*row, round(loss, 5)])
 
-    @torch.no_grad()
     def _validation_batches(self) -> Iterator[torch.Tensor]:
         size = self.settings.batch_size * 2
         for start in range(0, len(self.validation), size):
             rows = self.validation[start : start + size]
-            with torch.no_grad():
-                yield torch.from_numpy(self.pixels[rows]).to(self.device)
+            yield torch.from_numpy(self.pixels[rows]).to(self.device)
 
     def modules(self) -> dict[str, torch.nn.Module]:
         return {"model": self.model, "average": self.average, "best": self.best}
