@@ -1,4 +1,4 @@
-"""The contract that every density keeps: an exact log-likelihood, or a bound that says so."""
+"""What every model keeps to, and what every density: a log-likelihood, or a bound that says so."""
 
 from __future__ import annotations
 
@@ -9,7 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["Density", "ImageShape", "Scores", "largest_patch", "total"]
+__all__ = [
+    "Autoregressive",
+    "Density",
+    "ImageShape",
+    "Model",
+    "PixelLikelihood",
+    "Scores",
+    "largest_patch",
+    "total",
+]
 
 
 class ImageShape(NamedTuple):
@@ -32,52 +41,61 @@ class Scores(NamedTuple):
     Attributes:
         log_likelihood: (N, K) float32, nats; K classes, or 1.
         statistics: (N, S) float32, in the order of `Density.statistics`.
-        nll_map: (N, H, W) float32, nats: minus the log-likelihood, pixel by pixel.
+        nll_map: (N, H, W) float32, nats: minus the log-likelihood, pixel by pixel; with classes
+            that of the likeliest one.
+        embedding: (N, E) float32 features, where the density has an encoder.
     """
 
     log_likelihood: Tensor
     statistics: Tensor
     nll_map: Tensor
+    embedding: Tensor | None = None
 
 
-class Density(nn.Module):
-    """A density over images of one shape; subclasses implement `forward`.
+class Model(nn.Module):
+    """What `anomalyd train` can fit to images of one shape; subclasses set `kind` and `loss`.
 
     It does not decode, resize or normalise images: those are uint8 (N, H, W, C) as decoded.
+    Its `forward` returns a NamedTuple whose fields are the outputs of the exported graph.
 
     Attributes:
         shape: the image shape.
-        likelihood: `exact`, `elbo` or `iwae-K`: what the log-likelihood is.
-        statistics: the names of the columns of `Scores.statistics`.
+        classes: K where labels are given, 0 without.
+        kind: `density`, `classifier` or `autoencoder`.
+        unit: what `loss` is counted in.
+        statistics: the names of the columns of the output `statistics`.
         units: the unit of each statistic.
         edges: the submodules that embed the input or read out the distribution; optimisers that
             treat hidden kernels differently leave these alone.
     """
 
-    likelihood: str = "exact"
+    kind: str = "density"
+    unit: str = "bits/dim"
     statistics: tuple[str, ...] = ()
     units: tuple[str, ...] = ()
     edges: tuple[str, ...] = ("pixel",)
 
-    def __init__(self, shape: ImageShape) -> None:
+    def __init__(self, shape: ImageShape, classes: int = 0) -> None:
         super().__init__()
         if shape.height < 1 or shape.width < 1 or shape.channels not in (1, 3):
             raise ValueError(f"an image is at least 1x1 with 1 or 3 channels, not {shape}")
         if not 2 <= shape.levels <= 256:
             raise ValueError(f"levels must lie in 2..256, not {shape.levels}")
         self.shape = shape
+        self.classes = classes
 
-    def forward(self, images: Tensor) -> Scores:
-        """Score `images`, uint8 (N, H, W, C), in one pass."""
+    def loss(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Return what training minimises, a mean over images, in `unit`.
+
+        Args:
+            images: uint8 (N, H, W, C).
+            labels: int64 (N,), the classes; None where there are none.
+        """
         raise NotImplementedError
 
-    def log_prob(self, images: Tensor) -> Tensor:
-        """Return log p(x), or its lower bound, in nats: (N,) float32."""
-        return self(images).log_likelihood[:, 0]
-
-    def loss(self, images: Tensor) -> Tensor:
-        """Return what training minimises: the mean of -log p(x), in bits per dimension."""
-        return -self.log_prob(images).mean() / (self.shape.dims * math.log(2))
+    def losses(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Return what validation averages, without noise: (N,) in `unit`."""
+        raise NotImplementedError
 
     def is_edge(self, name: str) -> bool:
         """Tell whether the parameter `name` embeds the input or reads out the distribution."""
@@ -95,9 +113,154 @@ class Density(nn.Module):
         return scaled.permute(0, 3, 1, 2)
 
 
+class Density(Model):
+    """p(x), or p(x|y) for each of K classes: an exact log-likelihood, or a bound that says so.
+
+    Attributes:
+        likelihood: `exact`, `elbo` or `iwae-K`: what the log-likelihood is.
+        latent: dimensions of the Gaussian noise that a sample starts from; 0 without.
+    """
+
+    likelihood: str = "exact"
+    latent: int = 0
+
+    def forward(self, images: Tensor) -> Scores:
+        """Score `images`, uint8 (N, H, W, C), in one pass, under every class."""
+        raise NotImplementedError
+
+    def log_prob(self, images: Tensor) -> Tensor:
+        """Return log p(x), or its lower bound, in nats: (N,) float32; with classes (N, K)."""
+        log_likelihood = self(images).log_likelihood
+        return log_likelihood if self.classes else log_likelihood[:, 0]
+
+    def loss(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Return the mean of -log p(x), or of -log p(x|y), in bits per dimension."""
+        return self.losses(images, labels).mean()
+
+    def losses(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Return -log p(x), or -log p(x|y), of each image in bits per dimension: (N,)."""
+        log_p = self.log_prob(images)
+        if labels is not None:
+            log_p = log_p.gather(1, labels.unsqueeze(1))[:, 0]
+        return self.bits_per_dim(log_p)
+
+    def bits_per_dim(self, log_p: Tensor) -> Tensor:
+        """Turn log p in nats into bits per dimension, -log2 p / (H W C)."""
+        return -log_p / (self.shape.dims * math.log(2))
+
+    def log_probs(
+        self, images: Tensor, labels: Tensor | None = None, latent: Tensor | None = None
+    ) -> Tensor:
+        """Return log p of every level of every value given those drawn before it, in nats.
+
+        Args:
+            images: uint8 (N, H, W, C); a value is read only by those later in `order`.
+            labels: int64 (N,), the class of each, where the density has classes.
+            latent: float32 (N, `self.latent`) standard normal noise, where it has any.
+
+        Returns:
+            (N, H, W, C, levels) float32, normalised over the last axis.
+        """
+        raise NotImplementedError
+
+    @property
+    def order(self) -> Tensor:
+        """The step at which each value can be drawn: int64 (H, W, C), from 0 without gaps.
+
+        Values of one step are independent given those of earlier steps. Here: row by row, in a
+        row from left to right, in a pixel red, green, blue.
+        """
+        return torch.arange(self.shape.dims).reshape(self.shape[:3])
+
+
+class PixelLikelihood(nn.Module):
+    """The distribution of one pixel given its context, normalised exactly over the levels."""
+
+    def forward(self, context: Tensor, values: Tensor, inputs: Tensor) -> Tensor:
+        """Return log p of each pixel in nats, (N, H, W).
+
+        Args:
+            context: (N, F, H, W), computed from pixels before this one.
+            values: int64 (N, H, W, C) levels.
+            inputs: (N, C, H, W), the same values in [-1, 1].
+        """
+        raise NotImplementedError
+
+    def log_probs(self, context: Tensor, inputs: Tensor) -> Tensor:
+        """Return log p of every level of every channel given the channels before it, in nats.
+
+        Returns:
+            (N, H, W, C, levels).
+        """
+        raise NotImplementedError
+
+
+class Autoregressive(Density):
+    """log p(x) = sum_t log p(x_t | what comes before t): a context, and a pixel's distribution.
+
+    Subclasses implement `context` and set `pixel`, a module of `likelihoods`.
+    """
+
+    pixel: PixelLikelihood
+    statistics = ("nll_patch",)
+    units = ("nats",)
+
+    def context(self, inputs: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Return what each pixel's distribution depends on: (N, M, F, H, W).
+
+        Args:
+            inputs: (N, C, H, W) in [-1, 1].
+            labels: int64 (N, M), the classes to condition on; None, and M = 1, without.
+        """
+        raise NotImplementedError
+
+    def forward(self, images: Tensor) -> Scores:
+        """Score `images`, uint8 (N, H, W, C), under every class."""
+        labels = None
+        if self.classes:
+            every = torch.arange(self.classes, device=images.device)
+            labels = every.expand(images.shape[0], self.classes)
+        maps = self.nll_maps(images, labels)
+        log_likelihood = -total(maps)
+        nll_map = maps[:, 0]
+        if self.classes:
+            best = log_likelihood.argmax(dim=1).reshape(-1, 1, 1, 1)
+            nll_map = maps.gather(1, best.expand(-1, 1, *maps.shape[2:]))[:, 0]
+        return Scores(
+            log_likelihood=log_likelihood,
+            statistics=largest_patch(nll_map).unsqueeze(1),
+            nll_map=nll_map,
+        )
+
+    def nll_maps(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Return -log p of each pixel under the M classes of `labels` (N, M): (N, M, H, W)."""
+        values = self.quantise(images)
+        inputs = self.centred(values)
+        context = self.context(inputs, labels)
+        n, m = context.shape[:2]
+        if m > 1:
+            values = values.unsqueeze(1).expand(n, m, *values.shape[1:]).flatten(0, 1)
+            inputs = inputs.unsqueeze(1).expand(n, m, *inputs.shape[1:]).flatten(0, 1)
+        nll = -self.pixel(context.flatten(0, 1), values, inputs)
+        return nll.unflatten(0, (n, m))
+
+    def losses(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Return -log p of each image, under its own class only, in bits per dimension: (N,)."""
+        maps = self.nll_maps(images, None if labels is None else labels.unsqueeze(1))
+        return self.bits_per_dim(-total(maps[:, 0]))
+
+    def log_probs(
+        self, images: Tensor, labels: Tensor | None = None, latent: Tensor | None = None
+    ) -> Tensor:
+        """Return log p of every level of every value given those before it."""
+        inputs = self.centred(self.quantise(images))
+        context = self.context(inputs, None if labels is None else labels.unsqueeze(1))
+        return self.pixel.log_probs(context[:, 0], inputs)
+
+
 def total(nll_map: Tensor) -> Tensor:
-    """Sum a map over its pixels in float64, which float32 would round at 1e-4 nats: (N,)."""
-    return nll_map.double().sum(dim=(1, 2)).float()
+    """Sum (..., H, W) over its pixels in float64, which float32 would round at 1e-4 nats."""
+    return nll_map.double().sum(dim=(-2, -1)).float()
 
 
 def largest_patch(nll_map: Tensor, side: int = 4) -> Tensor:

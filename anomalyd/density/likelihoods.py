@@ -1,23 +1,75 @@
-"""Distributions of one pixel given its context: categorical, and a mixture of logistics."""
+"""Distributions of one pixel given its context, each normalised exactly over its levels.
+
+    categorical        a softmax over all levels
+    hierarchical       a softmax over bands of levels, then one inside the band
+    logistic-mixture   a mixture of logistics, cut at the levels
+    bernoulli          the odds of one of two levels
+
+Each is called with (context, values, inputs) and returns log p of the values that are there; its
+`log_probs` returns log p of every level, for sampling. Red comes first, then green, then blue.
+"""
 
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from anomalyd.density.base import ImageShape
+from anomalyd.density.base import ImageShape, PixelLikelihood
 
-__all__ = ["Categorical", "LogisticMixture", "likelihood"]
+__all__ = [
+    "Bernoulli",
+    "Categorical",
+    "Hierarchical",
+    "LogisticMixture",
+    "likelihood",
+]
 
 
-class Categorical(nn.Module):
-    """A softmax over the levels of each channel, red first, then green, then blue.
+class _Channels(PixelLikelihood):
+    """What a channel sees of those before it: h + V_c x_<c, an additive term."""
 
-    p(x | h) = prod_c softmax(W_c elu(h + V_c x_<c))[x_c]: a channel sees those before it through
-    an additive term, so the product over channels is exact.
+    def __init__(self, shape: ImageShape, features: int) -> None:
+        super().__init__()
+        self.shape = shape
+        self.before = nn.ModuleList(
+            nn.Conv2d(channel, features, 1, bias=False) for channel in range(1, shape.channels)
+        )
+
+    def seen(self, context: Tensor, inputs: Tensor, channel: int) -> Tensor:
+        """Return the context of one channel, (N, F, H, W)."""
+        if not channel:
+            return context
+        return context + self.before[channel - 1](inputs[:, :channel])
+
+    def forward(self, context: Tensor, values: Tensor, inputs: Tensor) -> Tensor:
+        terms = [
+            self.channel(self.seen(context, inputs, channel), values[..., channel], channel)
+            for channel in range(self.shape.channels)
+        ]
+        return torch.stack(terms).sum(dim=0) if len(terms) > 1 else terms[0]
+
+    def log_probs(self, context: Tensor, inputs: Tensor) -> Tensor:
+        tables = [
+            self.table(self.seen(context, inputs, channel), channel)
+            for channel in range(self.shape.channels)
+        ]
+        return torch.stack(tables, dim=1).permute(0, 3, 4, 1, 2)
+
+    def channel(self, seen: Tensor, value: Tensor, channel: int) -> Tensor:
+        """Return log p of one channel's values (N, H, W), in nats: (N, H, W)."""
+        raise NotImplementedError
+
+    def table(self, seen: Tensor, channel: int) -> Tensor:
+        """Return log p of one channel's levels, in nats: (N, levels, H, W)."""
+        raise NotImplementedError
+
+
+class Categorical(_Channels):
+    """p(x | h) = prod_c softmax(W_c elu(h + V_c x_<c))[x_c].
 
     References:
         Pixel Recurrent Neural Networks (van den Oord, Kalchbrenner, Kavukcuoglu, 2016).
@@ -28,35 +80,100 @@ class Categorical(nn.Module):
     """
 
     def __init__(self, shape: ImageShape, features: int) -> None:
-        super().__init__()
-        self.shape = shape
+        super().__init__(shape, features)
         self.logits = nn.ModuleList(
             nn.Conv2d(features, shape.levels, 1) for _ in range(shape.channels)
         )
-        self.before = nn.ModuleList(
-            nn.Conv2d(channel, features, 1, bias=False) for channel in range(1, shape.channels)
-        )
 
-    def forward(self, context: Tensor, values: Tensor, inputs: Tensor) -> Tensor:
-        """Return log p of each pixel in nats, (N, H, W).
+    def channel(self, seen: Tensor, value: Tensor, channel: int) -> Tensor:
+        logits = self.logits[channel](F.elu(seen)).permute(0, 2, 3, 1)
+        chosen = logits.gather(3, value.unsqueeze(3))[..., 0]
+        return chosen.float() - torch.logsumexp(logits.float(), dim=3)
 
-        Args:
-            context: (N, F, H, W), computed from pixels before this one.
-            values: int64 (N, H, W, C) levels.
-            inputs: (N, C, H, W), the same values in [-1, 1].
-        """
-        total = torch.zeros((), device=context.device)
-        for channel, head in enumerate(self.logits):
-            seen = context
-            if channel:
-                seen = seen + self.before[channel - 1](inputs[:, :channel])
-            logits = head(F.elu(seen)).permute(0, 2, 3, 1)
-            chosen = logits.gather(3, values[..., channel : channel + 1])[..., 0]
-            total = total + chosen.float() - torch.logsumexp(logits.float(), dim=3)
-        return total
+    def table(self, seen: Tensor, channel: int) -> Tensor:
+        return F.log_softmax(self.logits[channel](F.elu(seen)).float(), dim=1)
 
 
-class LogisticMixture(nn.Module):
+class Hierarchical(_Channels):
+    """p(x | h) = prod_c softmax(A_c elu(g))[b] softmax(B_c elu(g + E_c b))[x_c mod w].
+
+    g = h + V_c x_<c, b = x_c div w the band of a level, w = sqrt(levels) rounded up: as free as
+    `Categorical`, with two short softmaxes in place of one over all levels.
+
+    References:
+        Hierarchical Probabilistic Neural Network Language Model (Morin, Bengio, 2005).
+
+    Args:
+        shape: the image shape.
+        features: channels of the context h.
+    """
+
+    absent: Tensor
+
+    def __init__(self, shape: ImageShape, features: int) -> None:
+        super().__init__(shape, features)
+        self.width = math.ceil(math.sqrt(shape.levels))
+        self.bands = math.ceil(shape.levels / self.width)
+        channels = range(shape.channels)
+        self.band = nn.ModuleList(nn.Conv2d(features, self.bands, 1) for _ in channels)
+        self.inside = nn.ModuleList(nn.Conv2d(features, self.width, 1) for _ in channels)
+        self.of_band = nn.ModuleList(nn.Embedding(self.bands, features) for _ in channels)
+        # Where the last band is not full, its levels beyond the last have probability zero.
+        short = self.bands * self.width - shape.levels
+        absent = torch.zeros(self.bands, self.width)
+        absent[-1, self.width - short :] = -1e30
+        self.register_buffer("absent", absent, persistent=False)
+
+    def channel(self, seen: Tensor, value: Tensor, channel: int) -> Tensor:
+        band = torch.div(value, self.width, rounding_mode="floor")
+        log_band = _chosen(self.band[channel](F.elu(seen)), band)
+        given = F.elu(seen + self.of_band[channel](band).permute(0, 3, 1, 2))
+        logits = self.inside[channel](given)
+        if self.bands * self.width > self.shape.levels:
+            logits = logits + self.absent[band].permute(0, 3, 1, 2)
+        return log_band + _chosen(logits, value - band * self.width)
+
+    def table(self, seen: Tensor, channel: int) -> Tensor:
+        log_band = F.log_softmax(self.band[channel](F.elu(seen)).float(), dim=1)
+        vectors = cast("nn.Embedding", self.of_band[channel]).weight
+        columns = []
+        for band in range(self.bands):
+            given = F.elu(seen + vectors[band].reshape(1, -1, 1, 1))
+            logits = self.inside[channel](given).float() + self.absent[band].reshape(1, -1, 1, 1)
+            columns.append(F.log_softmax(logits, dim=1) + log_band[:, band : band + 1])
+        return torch.cat(columns, dim=1)[:, : self.shape.levels]
+
+
+def _chosen(logits: Tensor, index: Tensor) -> Tensor:
+    """Return log softmax(logits)[index] over the channels of (N, L, H, W): (N, H, W)."""
+    logits = logits.float()
+    return logits.gather(1, index.unsqueeze(1))[:, 0] - torch.logsumexp(logits, dim=1)
+
+
+class Bernoulli(_Channels):
+    """p(x = 1 | h) = sigmoid(W elu(h)), for images of two levels and nothing else.
+
+    Args:
+        shape: the image shape, of two levels.
+        features: channels of the context h.
+    """
+
+    def __init__(self, shape: ImageShape, features: int) -> None:
+        if shape.levels != 2:
+            raise ValueError(f"a Bernoulli pixel needs images of 2 levels, not {shape.levels}")
+        super().__init__(shape, features)
+        self.odds = nn.ModuleList(nn.Conv2d(features, 1, 1) for _ in range(shape.channels))
+
+    def channel(self, seen: Tensor, value: Tensor, channel: int) -> Tensor:
+        odds = self.odds[channel](F.elu(seen)).float()[:, 0]
+        return -F.softplus(torch.where(value == 1, -odds, odds))
+
+    def table(self, seen: Tensor, channel: int) -> Tensor:
+        odds = self.odds[channel](F.elu(seen)).float()
+        return torch.cat([-F.softplus(odds), -F.softplus(-odds)], dim=1)
+
+
+class LogisticMixture(PixelLikelihood):
     """A discretized mixture of logistics; channels are coupled linearly within a component.
 
     p(x | h) = sum_k pi_k prod_c [sigmoid((x_c + w/2 - m_kc) / s_kc) - sigmoid((x_c - w/2 - m_kc)
@@ -81,7 +198,37 @@ class LogisticMixture(nn.Module):
         self.parameters_of = nn.Conv2d(features, components * per_component, 1)
 
     def forward(self, context: Tensor, values: Tensor, inputs: Tensor) -> Tensor:
-        """Return log p of each pixel in nats, (N, H, W); arguments as in `Categorical`."""
+        log_p, means, log_scales = self._components(context, inputs)
+        for channel in range(self.shape.channels):
+            level = values[..., channel].unsqueeze(1)
+            x = inputs[:, channel : channel + 1]
+            log_p = log_p + self._level(x, level, means[channel], log_scales[channel])
+        return torch.logsumexp(log_p, dim=1)
+
+    def log_probs(self, context: Tensor, inputs: Tensor) -> Tensor:
+        log_p, means, log_scales = self._components(context, inputs)
+        level = torch.arange(self.shape.levels, device=context.device).reshape(1, -1, 1, 1)
+        grid = level * (2 / (self.shape.levels - 1)) - 1
+        tables = []
+        for channel in range(self.shape.channels):
+            # A component that explains the channels so far weighs more for the next.
+            weights = F.log_softmax(log_p, dim=1)
+            table = torch.full_like(weights[:, :1], -1e30)
+            for k in range(self.components):
+                mean, log_scale = means[channel][:, k : k + 1], log_scales[channel][:, k : k + 1]
+                component = self._level(grid, level, mean, log_scale)
+                table = torch.logaddexp(table, weights[:, k : k + 1] + component)
+            # Rounding leaves the sum of 256 levels a few 1e-6 off one.
+            tables.append(F.log_softmax(table, dim=1))
+            x = inputs[:, channel : channel + 1]
+            drawn = torch.round((x + 1) * ((self.shape.levels - 1) / 2)).long()
+            log_p = log_p + self._level(x, drawn, means[channel], log_scales[channel])
+        return torch.stack(tables, dim=1).permute(0, 3, 4, 1, 2)
+
+    def _components(
+        self, context: Tensor, inputs: Tensor
+    ) -> tuple[Tensor, list[Tensor], tuple[Tensor, ...]]:
+        """Return log weights (N, K, H, W), and by channel the means and log scales, likewise."""
         channels = self.shape.channels
         raw = self.parameters_of(F.elu(context)).float()
         split = [1, channels, channels, self.couplings]
@@ -89,17 +236,14 @@ class LogisticMixture(nn.Module):
         log_pi = F.log_softmax(parts[0], dim=1)
         means, log_scales = parts[1].chunk(channels, 1), parts[2].chunk(channels, 1)
         couplings = parts[3].chunk(self.couplings, 1) if self.couplings else ()
-        log_p, row = log_pi, 0
+        coupled, row = [], 0
         for channel in range(channels):
             mean = means[channel]
             for earlier in range(channel):
                 mean = mean + torch.tanh(couplings[row]) * inputs[:, earlier : earlier + 1]
                 row += 1
-            level = values[..., channel].unsqueeze(1)
-            log_p = log_p + self._level(
-                inputs[:, channel : channel + 1], level, mean, log_scales[channel]
-            )
-        return torch.logsumexp(log_p, dim=1)
+            coupled.append(mean)
+        return log_pi, coupled, log_scales
 
     def _level(self, x: Tensor, level: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
         """Return log of a logistic's mass on one level, (N, components, H, W).
@@ -129,10 +273,22 @@ def _log1mexp(d: Tensor, log_d: Tensor) -> Tensor:
     return torch.where(d < 0.5, series, direct)
 
 
-def likelihood(name: str, shape: ImageShape, features: int, components: int) -> nn.Module:
-    """Return the pixel distribution called `name`: `categorical` or `logistic-mixture`."""
-    if name == "categorical":
-        return Categorical(shape, features)
+_SOFTMAXES: dict[str, type[_Channels]] = {
+    "categorical": Categorical,
+    "hierarchical": Hierarchical,
+    "bernoulli": Bernoulli,
+}
+
+
+def likelihood(name: str, shape: ImageShape, features: int, components: int) -> PixelLikelihood:
+    """Return the pixel distribution called `name`, reading `features` channels of context.
+
+    Raises:
+        ValueError: no such distribution, or one that the images have the wrong levels for.
+    """
     if name == "logistic-mixture":
         return LogisticMixture(shape, features, components)
-    raise ValueError(f"the pixel likelihood is categorical or logistic-mixture, not {name!r}")
+    if name not in _SOFTMAXES:
+        names = ", ".join([*_SOFTMAXES, "logistic-mixture"])
+        raise ValueError(f"the pixel likelihood is one of {names}, not {name!r}")
+    return _SOFTMAXES[name](shape, features)

@@ -142,7 +142,7 @@ class VAE(Density):
             nll_map=nll_map,
         )
 
-    def loss(self, images: Tensor) -> Tensor:
+    def loss(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
         """Return the negative bound under fresh noise, bits per dimension."""
         values = self.quantise(images)
         inputs = self.centred(values)
@@ -153,7 +153,7 @@ class VAE(Density):
             nll_map = -self.pixel(self.decoder(mu + log_sigma.exp() * eps), values, inputs)
             weights.append(self._log_weight(nll_map, mu, log_sigma, eps, kl))
         log_p = torch.logsumexp(torch.stack(weights), dim=0) - math.log(len(weights))
-        return -log_p.mean().float() / (self.shape.dims * math.log(2))
+        return self.bits_per_dim(log_p).mean().float()
 
     def _log_weight(
         self, nll_map: Tensor, mu: Tensor, log_sigma: Tensor, eps: Tensor, kl: Tensor

@@ -1,0 +1,79 @@
+"""Building blocks that several densities share: causal convolutions, position, class terms."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from anomalyd.density.base import ImageShape
+
+__all__ = ["ClassBias", "CroppedConv", "gate", "per_class", "position"]
+
+
+class CroppedConv(nn.Module):
+    """A convolution over pixels above, or to the left, whose kernel holds no zeros.
+
+    A masked kernel would multiply its lower half by zero; here it is cropped to the half that
+    counts, and the input is padded (shifted) instead.
+
+    Args:
+        inputs: input channels.
+        outputs: output channels.
+        kernel: (rows, columns) of the cropped kernel.
+        left: columns of padding on the left, in units of the dilation.
+        right: columns of padding on the right, likewise.
+        dilation: distance between kernel taps.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        kernel: tuple[int, int],
+        left: int,
+        right: int,
+        *,
+        dilation: int = 1,
+    ) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(inputs, outputs, kernel, dilation=dilation)
+        self.padding = (left * dilation, right * dilation, (kernel[0] - 1) * dilation, 0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (N, inputs, H, W) to (N, outputs, H, W)."""
+        return self.conv(F.pad(x, self.padding))
+
+
+class ClassBias(nn.Module):
+    """V y: a learned vector for each class, zero at first."""
+
+    def __init__(self, classes: int, features: int) -> None:
+        super().__init__()
+        self.of_class = nn.Embedding(classes, features)
+        nn.init.zeros_(self.of_class.weight)
+
+    def forward(self, labels: Tensor) -> Tensor:
+        """Map labels (N, M) to (N, M, features, 1, 1)."""
+        return self.of_class(labels)[..., None, None]
+
+
+def gate(x: Tensor, dim: int) -> Tensor:
+    """Return tanh(a) * sigmoid(b) for the two halves a, b of the channels."""
+    a, b = x.chunk(2, dim=dim)
+    return torch.tanh(a) * torch.sigmoid(b)
+
+
+def per_class(module: nn.Module, x: Tensor) -> Tensor:
+    """Apply a module of (N, F, H, W) to (N, M, F, H, W), class by class."""
+    return module(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+
+
+def position(shape: ImageShape) -> Tensor:
+    """Return row and column as two channels, (1, 2, H, W), from 1/2 to 3/2.
+
+    Never zero, so that they also tell padding from a mid-grey pixel.
+    """
+    rows = torch.linspace(0.5, 1.5, shape.height).reshape(-1, 1).expand(shape[:2])
+    columns = torch.linspace(0.5, 1.5, shape.width).expand(shape[:2])
+    return torch.stack([rows, columns]).unsqueeze(0)
