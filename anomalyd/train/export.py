@@ -8,7 +8,7 @@ import logging
 import math
 import warnings
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -21,9 +21,11 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from anomalyd.density.base import Density
+    from anomalyd.density.base import Density, Model
 
-__all__ = ["OPSET", "TOLERANCE", "check_parity", "to_onnx"]
+__all__ = ["OPSET", "TOLERANCE", "check_parity", "outputs_of", "to_onnx", "to_sampler"]
+
+_M = TypeVar("_M", bound=torch.nn.Module)
 
 OPSET = 20
 """Operator set of every exported graph; onnxruntime reads it since 1.17."""
@@ -33,48 +35,107 @@ TOLERANCE = 1e-5
 
 
 class _Graph(torch.nn.Module):
-    """The density with the names and the types that a bundle's graph has."""
+    """The model with the outputs that a bundle's graph has."""
+
+    def __init__(self, model: Model) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(output for output in self.model(image) if output is not None)
+
+
+class _Sampler(torch.nn.Module):
+    """What sampling asks of a density: log p of every level, and the order of drawing."""
 
     def __init__(self, density: Density) -> None:
         super().__init__()
         self.density = density
+        self.register_buffer("order", density.order, persistent=False)
 
-    def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        scores = self.density(image)
-        return scores.log_likelihood, scores.statistics, scores.nll_map
+    order: torch.Tensor
+
+    def forward(
+        self,
+        image: torch.Tensor,
+        label: torch.Tensor | None = None,
+        latent: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, ...]:
+        return self.density.log_probs(image, label, latent), self.order.clone()
 
 
-def to_onnx(density: Density) -> bytes:
-    """Return the graph: image -> log_likelihood, statistics, nll_map.
+def to_onnx(model: Model) -> bytes:
+    """Return model.onnx: image -> the fields of what the model's `forward` returns.
 
     Inputs and outputs as in docs/bundle.md; the number of images is free.
 
     Raises:
-        ExportError: the exporter cannot express the density.
+        ExportError: the exporter cannot express the model.
         MissingExtra: onnx or onnxscript is not installed.
     """
-    shape = density.shape
-    example = torch.zeros(2, shape.height, shape.width, shape.channels, dtype=torch.uint8)
-    density = density.cpu().eval().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    model = _prepared(model)
+    example = _example(model)
+    with torch.no_grad():
+        outputs = model(example)
+    return _exported(_Graph(model), {"image": example}, outputs_of(outputs), type(model).__name__)
+
+
+def outputs_of(scores: Any) -> list[str]:
+    """Name the outputs of a graph: the fields of a NamedTuple that are not None."""
+    return [name for name in scores._fields if getattr(scores, name) is not None]
+
+
+def to_sampler(density: Density) -> bytes:
+    """Return sampler.onnx: image[, label][, latent] -> log_probs, order; as `Density.log_probs`.
+
+    Raises:
+        ExportError, MissingExtra: as `to_onnx`.
+    """
+    density = _prepared(density)
+    given = {"image": _example(density)}
+    if density.classes:
+        given["label"] = torch.zeros(2, dtype=torch.int64)
+    if density.latent:
+        given["latent"] = torch.zeros(2, density.latent)
+    return _exported(
+        _Sampler(density), given, ["log_probs", "order"], f"the sampler of {type(density).__name__}"
+    )
+
+
+def _prepared(model: _M) -> _M:
+    return model.cpu().eval().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload, no-any-return]
+
+
+def _example(model: Model) -> torch.Tensor:
+    shape = model.shape
+    return torch.zeros(2, shape.height, shape.width, shape.channels, dtype=torch.uint8)
+
+
+def _exported(
+    module: torch.nn.Module, given: dict[str, torch.Tensor], outputs: list[str], what: str
+) -> bytes:
+    """Export a module of keyword inputs, whose first dimension is free, without traces of here."""
+    images = torch.export.Dim("N", min=1)
     try:
         with _quiet():
             program = torch.onnx.export(
-                _Graph(density),
-                (example,),
-                input_names=["image"],
-                output_names=["log_likelihood", "statistics", "nll_map"],
+                module,
+                (),
+                kwargs=given,
+                input_names=list(given),
+                output_names=outputs,
                 opset_version=OPSET,
                 dynamo=True,
-                dynamic_shapes={"image": {0: torch.export.Dim("N", min=1)}},
+                dynamic_shapes={name: {0: images} for name in given},
                 verbose=False,
             )
     except ModuleNotFoundError as error:
         raise MissingExtra(str(error.name), "train") from error
     except torch.onnx.OnnxExporterError as error:
         first = str(error).strip().splitlines()[0]
-        raise ExportError(f"{type(density).__name__} cannot be exported: {first}") from error
+        raise ExportError(f"{what} cannot be exported: {first}") from error
     if program is None:
-        raise ExportError(f"{type(density).__name__} cannot be exported: no graph came back")
+        raise ExportError(f"{what} cannot be exported: no graph came back")
     proto = program.model_proto
     _strip_traces(proto)
     return bytes(proto.SerializeToString())

@@ -19,12 +19,11 @@ from anomalyd.train import checkpoint
 from anomalyd.train.muon import Muon
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
     from numpy.typing import NDArray
 
-    from anomalyd.density.base import Density
+    from anomalyd.density.base import Model
     from anomalyd.train.settings import TrainSettings
     from anomalyd.train.splits import Splits
 
@@ -38,7 +37,7 @@ class Progress(Protocol):
     """What the loop tells whoever watches."""
 
     def __call__(
-        self, *, step: int, steps: int, bits_per_dim: float, images_per_second: float
+        self, *, step: int, steps: int, loss: float, images_per_second: float
     ) -> None: ...
 
 
@@ -52,7 +51,7 @@ class Outcome:
         steps_per_epoch: steps that read the training split once.
         images: images seen, repetitions counted.
         seconds: time spent training, over all resumed parts.
-        validation: best validation loss, bits per dimension (or its bound).
+        validation: best validation loss, in the model's unit: bits per dimension (or its bound).
         stopped_early: validation had stopped improving.
     """
 
@@ -79,12 +78,13 @@ def pick_device(name: str) -> torch.device:
 
 
 def fit(
-    model: Density,
+    model: Model,
     pixels: NDArray[np.uint8],
     splits: Splits,
     settings: TrainSettings,
     folder: Path,
     *,
+    labels: NDArray[np.int64] | None = None,
     device: torch.device,
     minutes: float | None = None,
     resume: bool = False,
@@ -98,6 +98,7 @@ def fit(
         splits: which rows train and which validate.
         settings: the [train] table.
         folder: where checkpoint.safetensors and history.csv live.
+        labels: int64 (N,), the class of each row, where there are classes.
         device: where to train.
         minutes: replaces `settings.epochs`: turned into steps after a short timing, and stored,
             so that a resumed run keeps its schedule.
@@ -108,7 +109,7 @@ def fit(
         TrainingError: nothing to resume, a checkpoint of another model, a loss that is not finite.
         KeyboardInterrupt: Ctrl-C, after a checkpoint was written.
     """
-    run = _Run(model, pixels, splits, settings, folder, device)
+    run = _Run(model, pixels, labels, splits, settings, folder, device)
     if resume:
         run.restore()
     else:
@@ -120,7 +121,7 @@ def fit(
                 progress(
                     step=run.step,
                     steps=run.budget,
-                    bits_per_dim=loss,
+                    loss=loss,
                     images_per_second=run.images_per_second,
                 )
             if run.step % run.every == 0 or run.step == run.budget:
@@ -166,15 +167,17 @@ class _Run:
 
     def __init__(
         self,
-        model: Density,
+        model: Model,
         pixels: NDArray[np.uint8],
+        labels: NDArray[np.int64] | None,
         splits: Splits,
         settings: TrainSettings,
         folder: Path,
         device: torch.device,
     ) -> None:
         self.model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.pixels, self.rows, self.settings, self.device = pixels, splits.train, settings, device
+        self.pixels, self.labels, self.rows = pixels, labels, splits.train
+        self.settings, self.device = settings, device
         self.validation = splits.validation[:VALIDATION_IMAGES]
         self.checkpoint, self.history = folder / "checkpoint.safetensors", folder / "history.csv"
         self.average = _averaged(model, settings.ema)
@@ -225,7 +228,7 @@ class _Run:
         return max(1, int(minutes * 60 / seconds))
 
     def train_step(self) -> float:
-        """Take one step; return its loss in bits per dimension."""
+        """Take one step; return its loss."""
         began = time.monotonic()
         scale = _schedule(self.step, self.budget, self.settings.warmup)
         groups = (group for optimizer in self.optimizers for group in optimizer.param_groups)
@@ -233,7 +236,7 @@ class _Run:
             group["lr"] = peak * scale
         self.model.train()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
-            loss = self.loss(self.batch(self.step))
+            loss = self.loss(*self.batch(self.step))
         for optimizer in self.optimizers:
             optimizer.zero_grad()
         loss.backward()
@@ -254,7 +257,7 @@ class _Run:
         )
         return value
 
-    def batch(self, step: int) -> torch.Tensor:
+    def batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the images of a step: which ones depends on the seed and the step alone."""
         epoch, position = divmod(step, self.batches_per_epoch)
         if self.epoch_order[0] != epoch:
@@ -262,19 +265,26 @@ class _Run:
             self.epoch_order = (epoch, generator.permutation(self.rows))
         size = self.settings.batch_size
         rows = self.epoch_order[1][position * size : (position + 1) * size]
-        return torch.from_numpy(self.pixels[np.sort(rows)]).to(self.device)
+        return self.rows_of(np.sort(rows))
+
+    def rows_of(self, rows: NDArray[np.int64]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return images uint8 (N, H, W, C) and labels int64 (N,) on the device."""
+        images = torch.from_numpy(self.pixels[rows]).to(self.device)
+        if self.labels is None:
+            return images, None
+        return images, torch.from_numpy(self.labels[rows]).to(self.device)
 
     @torch.no_grad()
     def validate(self) -> None:
         """Score the averaged weights on the validation split and remember the best."""
-        averaged = cast("Density", self.average.module)
+        averaged = cast("Model", self.average.module)
         averaged.eval()
+        size = self.settings.batch_size * 2
         losses = [
-            -averaged.log_prob(images).double().sum().item()
-            for images in self._validation_batches()
+            averaged.losses(*self.rows_of(self.validation[start : start + size])).double().sum()
+            for start in range(0, len(self.validation), size)
         ]
-        dims = self.model.shape.dims * math.log(2)
-        loss = math.fsum(losses) / (len(self.validation) * dims)
+        loss = math.fsum(value.item() for value in losses) / len(self.validation)
         if loss < self.best_loss - 1e-4:
             self.best.load_state_dict(averaged.state_dict())
             self.best_loss, self.bad = loss, 0
@@ -285,16 +295,10 @@ class _Run:
             writer = csv.writer(file)
             if new:
                 writer.writerow(
-                    ["step", "seconds", "images_per_second", "validation_bits_per_dim"]
+                    ["step", "seconds", "images_per_second", f"validation_{self.model.unit}"]
                 )
             row = [self.step, round(self.stopwatch.total(), 1), round(self.images_per_second, 1)]
             writer.writerow([*row, round(loss, 5)])
-
-    def _validation_batches(self) -> Iterator[torch.Tensor]:
-        size = self.settings.batch_size * 2
-        for start in range(0, len(self.validation), size):
-            rows = self.validation[start : start + size]
-            yield torch.from_numpy(self.pixels[rows]).to(self.device)
 
     def modules(self) -> dict[str, torch.nn.Module]:
         return {"model": self.model, "average": self.average, "best": self.best}
@@ -324,7 +328,7 @@ class _Run:
         self.stopwatch.before = progress["seconds"]
 
 
-def _averaged(model: Density, decay: float) -> AveragedModel:
+def _averaged(model: Model, decay: float) -> AveragedModel:
     """Return an exponential moving average whose memory grows with the run, up to `decay`."""
 
     def update(averaged: Any, current: Any, n: torch.Tensor | int) -> None:
@@ -340,7 +344,7 @@ def _schedule(step: int, budget: int, warmup: int) -> float:
     return ramp * (0.01 + 0.99 * (1 + math.cos(math.pi * min(1.0, step / budget))) / 2)
 
 
-def _optimizers(model: Density, settings: TrainSettings) -> list[torch.optim.Optimizer]:
+def _optimizers(model: Model, settings: TrainSettings) -> list[torch.optim.Optimizer]:
     """Kernels by `settings.optimizer`; what embeds or reads out, and vectors, always by AdamW."""
     parameters = dict(model.named_parameters())
     kernels = [p for name, p in parameters.items() if p.ndim >= 2 and not model.is_edge(name)]

@@ -41,41 +41,39 @@ def counting(what: str, total: int) -> Iterator[Callable[[int], None]]:
 
 
 @contextlib.contextmanager
-def training() -> Iterator[Callable[..., None]]:
-    """Show steps, bits/dim, images a second and the time left; yields a `loop.Progress`."""
+def training(unit: str) -> Iterator[Callable[..., None]]:
+    """Show steps, the loss in `unit`, images a second and the time left; yields a `loop.Progress`."""
     if sys.stderr.isatty():
         columns = (
             TextColumn("training"),
             BarColumn(),
             TextColumn("step {task.completed:,.0f}/{task.total:,.0f}"),
-            TextColumn("{task.fields[bits]:.3f} bits/dim"),
+            TextColumn("{task.fields[loss]:.3f} " + unit),
             TextColumn("{task.fields[speed]:,.0f} images/s"),
             TimeRemainingColumn(),
         )
         with Progress(*columns, console=Console(stderr=True)) as progress:
-            task = progress.add_task("", total=None, bits=0.0, speed=0.0)
+            task = progress.add_task("", total=None, loss=0.0, speed=0.0)
             smooth: list[float] = []
 
-            def draw(
-                *, step: int, steps: int, bits_per_dim: float, images_per_second: float
-            ) -> None:
-                smooth[:] = [*smooth[-49:], bits_per_dim]
-                bits = sum(smooth) / len(smooth)
+            def draw(*, step: int, steps: int, loss: float, images_per_second: float) -> None:
+                smooth[:] = [*smooth[-49:], loss]
+                mean = sum(smooth) / len(smooth)
                 progress.update(
-                    task, completed=step, total=steps, bits=bits, speed=images_per_second
+                    task, completed=step, total=steps, loss=mean, speed=images_per_second
                 )
 
             yield draw
         return
     last = 0.0
 
-    def line(*, step: int, steps: int, bits_per_dim: float, images_per_second: float) -> None:
+    def line(*, step: int, steps: int, loss: float, images_per_second: float) -> None:
         nonlocal last
         now = time.monotonic()
         if step == steps or now - last >= LINE_SECONDS:
             last = now
             say(
-                f"step {step:,}/{steps:,}  {bits_per_dim:.3f} bits/dim  "
+                f"step {step:,}/{steps:,}  {loss:.3f} {unit}  "
                 f"{images_per_second:,.0f} images/s"
             )
 
