@@ -18,7 +18,7 @@ from anomalyd.errors import BundleError, UsageError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["CPU", "CUDA", "DEVICES", "Raw", "Session", "available_cpus"]
+__all__ = ["CPU", "CUDA", "DEVICES", "Raw", "Session", "available_cpus", "inference_session"]
 
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
@@ -100,22 +100,8 @@ class Session:
         threads: int | None = None,
         batch: int | None = None,
     ) -> None:
-        wanted = _provider(device)
-        providers: list[str | tuple[str, dict[str, str]]] = [CPU]
-        if wanted == CUDA:
-            # TF32 is off by a thousandth: golden scores would not come out.
-            providers.insert(0, (CUDA, {"use_tf32": "0"}))
-        try:
-            self._session = ort.InferenceSession(model, _options(threads), providers)
-        except FAILURES as error:
-            raise BundleError(
-                f"model.onnx: onnxruntime refuses it: {_first_line(error)}"
-            ) from None
+        self._session = inference_session(model, device=device, threads=threads)
         self.provider: str = self._session.get_providers()[0]
-        if device == "cuda" and self.provider != CUDA:
-            raise UsageError(
-                "device cuda: onnxruntime could not start CUDA here; use --device cpu"
-            )
         self.batch = batch or _batch(self._session.get_inputs()[0].shape, self.provider)
         self.outputs = [output.name for output in self._session.get_outputs()]
 
@@ -161,6 +147,24 @@ class Session:
                 size //= 2
             yield start, start + size
             start += size
+
+
+def inference_session(
+    model: bytes, *, device: str = "auto", threads: int | None = None, what: str = "model.onnx"
+) -> ort.InferenceSession:
+    """Return onnxruntime's session for a scanned graph; arguments and errors as in `Session`."""
+    wanted = _provider(device)
+    providers: list[str | tuple[str, dict[str, str]]] = [CPU]
+    if wanted == CUDA:
+        # TF32 is off by a thousandth: golden scores would not come out.
+        providers.insert(0, (CUDA, {"use_tf32": "0"}))
+    try:
+        session = ort.InferenceSession(model, _options(threads), providers)
+    except FAILURES as error:
+        raise BundleError(f"{what}: onnxruntime refuses it: {_first_line(error)}") from None
+    if device == "cuda" and session.get_providers()[0] != CUDA:
+        raise UsageError("device cuda: onnxruntime could not start CUDA here; use --device cpu")
+    return session
 
 
 def _batch(shape: Sequence[int | str | None], provider: str) -> int:
