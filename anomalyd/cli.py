@@ -22,7 +22,6 @@ from anomalyd.errors import AnomalydError, BundleError, MissingExtra, UsageError
 if TYPE_CHECKING:
     from types import ModuleType
 
-    from anomalyd.detect.detector import Detector
     from anomalyd.detect.evaluate import Evaluated
 
 __all__ = ["main"]
@@ -316,6 +315,32 @@ def sample(bundle: Path, **_: Any) -> int:
     raise BundleError(f"bundle {bundle}: this version cannot run a sampler; upgrade anomalyd")
 
 
+@anomalyd.command()
+@bundle
+@click.argument("data")
+@click.option(
+    "--output",
+    type=PATH,
+    required=True,
+    metavar="FILE",
+    help="Write .parquet, .jsonl or .csv.",
+)
+@device
+def embed(bundle: Path, data: str, output: Path, device: str) -> int:
+    """Write the features that the encoder of BUNDLE finds in every image in DATA, in order."""
+    from anomalyd.detect.embed import embed as run
+    from anomalyd.detect.embed import open_labelled
+
+    source = open_labelled(data)
+    with _progress("embedding", len(source)) as advance:
+        done = run(bundle, source, output, device=device, progress=advance)
+    if done.unreadable == done.images:
+        raise AnomalydError(f"none of {done.images} inputs could be read")
+    unreadable = f", {done.unreadable} could not be read" if done.unreadable else ""
+    _say(f"{output}: {done.images} images, {done.features} numbers each{unreadable}")
+    return UNREADABLE if done.unreadable else 0
+
+
 @anomalyd.group("bundle")
 def bundles() -> None:
     """Look into bundles and check them."""
@@ -347,17 +372,25 @@ def inspect(bundles: tuple[Path, ...], kind: str) -> None:
 @click.argument("bundles", nargs=-1, required=True, type=PATH, metavar="BUNDLE...")
 @device
 def verify(bundles: tuple[Path, ...], device: str) -> int:
-    """Check every file of each BUNDLE, and that its graph gives the golden scores here."""
+    """Check every file of each BUNDLE, and that its graph gives the golden numbers here."""
+    from anomalyd.detect.bundle import read_bundle
     from anomalyd.detect.detector import Detector
+    from anomalyd.detect.golden import open_session
 
     code = 0
     for path in bundles:
         try:
-            detector = Detector.load(path, device=device)
+            content = read_bundle(path)
+            session = open_session(content, device=device)
+            if content.manifest.kind == "density":
+                Detector(content, session)  # this version knows its score
         except BundleError as error:
             code = _fail(str(error), error.exit_code)
         else:
-            click.echo(f"{path}: good, {_verified(detector)}")
+            files, images = len(content.manifest.files), len(content.golden.images)
+            click.echo(
+                f"{path}: good, {files} files, {images} golden scores on {session.provider}"
+            )
     return code
 
 
@@ -507,22 +540,13 @@ def _print_evaluation(result: Evaluated) -> None:
 def _description(content: Any) -> str:
     manifest = content.manifest
     image = manifest.image
-    bits = ", ".join(
-        f"{value:.4f} on {name}" for name, value in manifest.bits_per_dim.items() if value
-    )
-    p_table = content.calibration.p_table
     lines = {
         "path": content.path,
         "kind": f"{manifest.kind}, {manifest.parameters:,} parameters",
         "images": f"{image.width}x{image.height}x{image.channels}, {image.levels} levels; "
         f"another shape: {image.on_mismatch}",
-        "likelihood": manifest.likelihood,
-        "bits/dim": bits or "not measured",
-        "score": manifest.score_name,
-        "alpha": f"{manifest.default_alpha:g} by default, {p_table[0]:.3g} at the smallest "
-        f"({manifest.calibration_n:,} calibration images)",
-        "guarantee": _promise(manifest.guarantee["confidence"])
-        + ", if live normal images are exchangeable with the calibration images",
+        "outputs": ", ".join(manifest.outputs),
+        **(_density_lines(content) if manifest.kind == "density" else _other_lines(content)),
         "created": manifest.created,
         "licence": manifest.licence,
         "files": ", ".join(
@@ -535,10 +559,29 @@ def _description(content: Any) -> str:
     return "\n".join([title, *(f"  {key:<11}{value}" for key, value in lines.items())])
 
 
+def _density_lines(content: Any) -> dict[str, str]:
+    manifest = content.manifest
+    bits = ", ".join(
+        f"{value:.4f} on {name}" for name, value in manifest.bits_per_dim.items() if value
+    )
+    return {
+        "likelihood": manifest.likelihood,
+        "bits/dim": bits or "not measured",
+        "score": manifest.score_name,
+        "alpha": f"{manifest.default_alpha:g} by default, {content.calibration.p_table[0]:.3g} "
+        f"at the smallest ({manifest.calibration_n:,} calibration images)",
+        "guarantee": _promise(manifest.guarantee["confidence"])
+        + ", if live normal images are exchangeable with the calibration images",
+    }
+
+
+def _other_lines(content: Any) -> dict[str, str]:
+    seen, held_out = content.calibration.training_hashes, content.calibration.calibration_hashes
+    return {
+        "for": "anomalyd embed, anomalyd train --init; it has no density to score by",
+        "seen": f"{len(seen):,} images in training, {len(held_out):,} held out",
+    }
+
+
 def _size(count: int) -> str:
     return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"
-
-
-def _verified(detector: Detector) -> str:
-    files, images = len(detector.manifest.files), len(detector.bundle.golden.images)
-    return f"{files} files, {images} golden scores on {detector.session.provider}"

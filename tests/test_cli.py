@@ -66,7 +66,7 @@ def wait_for(part, size, process):
 
 
 COMMANDS = [[], ["train"], ["export"], ["calibrate"], ["evaluate"], ["score"], ["serve"]]
-COMMANDS += [["sample"], ["bundle"], ["bundle", "inspect"], ["bundle", "verify"]]
+COMMANDS += [["sample"], ["embed"], ["bundle"], ["bundle", "inspect"], ["bundle", "verify"]]
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
@@ -90,6 +90,7 @@ def test_every_command_has_help(run, command):
         ("score", "--alpha --fdr --format --output --heatmaps --explain --device --resume"),
         ("serve", "--host --port --default-model --device --config"),
         ("sample", "--label --seed --output"),
+        ("embed", "--output --device"),
     ],
 )
 def test_options_of_the_contract(run, command, options):
@@ -205,6 +206,26 @@ def test_bundle_inspect_and_verify(run, bundle):
     code, out, _ = run("bundle", "verify", bundle, bundle)
     assert code == 0
     assert out.count("good") == 2
+
+
+@pytest.mark.parametrize("make", [tiny.tiny_classifier, tiny.tiny_autoencoder])
+def test_what_has_no_density_is_described_and_refused(run, images, tmp_path, make):
+    """Inspected and verified as any bundle; what needs a density says so in one line."""
+    path = make(tmp_path)
+    code, out, _ = run("bundle", "inspect", path)
+    assert code == 0
+    assert f"  kind       {path.name}, 256 parameters" in out
+    assert "  seen       400 images in training, 199 held out" in out
+    assert "guarantee" not in out
+    assert run("bundle", "verify", path)[0] == 0
+    for command in (["score", path, images], ["evaluate", path, "--normal", images]):
+        code, out, err = run(*command)
+        assert (code, out) == (1, "")
+        assert err.startswith(
+            f"anomalyd: bundle {path}: of kind {path.name}, which has no density"
+        )
+        assert err.count("\n") == 1
+    assert run("calibrate", path, images)[0] == 1
 
 
 def test_a_broken_bundle_does_not_hide_the_others(run, bundle, tmp_path):

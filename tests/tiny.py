@@ -1,9 +1,10 @@
-"""A working 4x4 bundle, made without torch, whose density is known in closed form.
+"""Working 4x4 bundles, made without torch, whose numbers are known in closed form.
 
     p(x) = product over the 16 pixels of q(x_i),      q(v) proportional to exp(-v / 24)
 
 Pixels are independent and dark ones more likely. `tiny_bundle` writes it as a bundle; `draw` gives
-images that follow it (normals), bright images are outliers.
+images that follow it (normals), bright images are outliers. `tiny_autoencoder` keeps the mean
+intensity of either half of an image, `tiny_classifier` tells dark from bright by them.
 """
 
 from __future__ import annotations
@@ -36,6 +37,9 @@ STATISTICS = ("max_pixel_nll", "mean_intensity")
 _weights = np.exp(-np.arange(256) / 24)
 PROBABILITIES = _weights / _weights.sum()  # float64 (256,): q
 NLL = -np.log(PROBABILITIES)  # float64 (256,), nats
+HALVES = np.repeat(np.eye(2), 8, axis=0) / 8  # (16, 2): pixels to the mean of either half
+CLASSIFY = np.array([[-4.0, 4.0], [-4.0, 4.0]])  # (2, 2): those to logits
+CLASSES = ("dark", "bright")
 
 
 def draw(n: int, seed: int = 0) -> np.ndarray:
@@ -53,6 +57,24 @@ def statistics(images: np.ndarray) -> np.ndarray:
     """What the graph calls `statistics`: float32 (N, 2)."""
     most, mean = NLL[images].max(axis=(1, 2, 3)), images.mean(axis=(1, 2, 3))
     return np.stack([most, mean], axis=1).astype(np.float32)
+
+
+def embedding(images: np.ndarray) -> np.ndarray:
+    """Mean intensity of the upper and of the lower half, in [0, 1]: float32 (N, 2)."""
+    return (images.reshape(len(images), -1) / 255 @ HALVES).astype(np.float32)
+
+
+def log_posterior(images: np.ndarray) -> np.ndarray:
+    """log p(y|x) of dark and bright, a softmax of the embedding: float32 (N, 2), nats."""
+    logits = embedding(images).astype(np.float64) @ CLASSIFY
+    return (logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)).astype(np.float32)
+
+
+def reconstruction_error(images: np.ndarray) -> np.ndarray:
+    """Mean square of what the two means miss: float32 (N, 1)."""
+    flat = images.reshape(len(images), -1) / 255
+    missed = flat - embedding(images) @ (8 * HALVES.T)
+    return (missed**2).mean(axis=1, keepdims=True).astype(np.float32)
 
 
 def tiny_model() -> onnx.ModelProto:
@@ -93,6 +115,79 @@ def tiny_model() -> onnx.ModelProto:
         ],
         [numpy_helper.from_array(array, name) for name, array in constants.items()],
     )
+    return _checked(graph)
+
+
+def tiny_encoder(kind: str) -> onnx.ModelProto:
+    """image -> statistics, embedding and, of a classifier, log_posterior."""
+    node = helper.make_node
+    nodes = [
+        node("Cast", ["image"], ["grey"], to=TensorProto.FLOAT),
+        node("Reshape", ["grey", "flat"], ["pixels"]),
+        node("Div", ["pixels", "white"], ["scaled"]),
+        node("MatMul", ["scaled", "halves"], ["embedding"]),
+    ]
+    constants = {
+        "flat": np.array([-1, SIDE * SIDE]),
+        "white": np.float32(255),
+        "halves": HALVES.astype(np.float32),
+        "last": np.array([1]),
+    }
+    value = helper.make_tensor_value_info
+    outputs = [
+        value("statistics", TensorProto.FLOAT, ["N", 1]),
+        value("embedding", TensorProto.FLOAT, ["N", 2]),
+    ]
+    if kind == "classifier":
+        nodes += [
+            node("MatMul", ["embedding", "classify"], ["logits"]),
+            node("LogSoftmax", ["logits"], ["log_posterior"], axis=1),
+            node("ReduceMax", ["log_posterior", "last"], ["statistics"]),
+        ]
+        constants["classify"] = CLASSIFY.astype(np.float32)
+        outputs.insert(0, value("log_posterior", TensorProto.FLOAT, ["N", 2]))
+    else:
+        nodes += [
+            node("MatMul", ["embedding", "decode"], ["decoded"]),
+            node("Sub", ["scaled", "decoded"], ["missed"]),
+            node("Mul", ["missed", "missed"], ["squared"]),
+            node("ReduceMean", ["squared", "last"], ["statistics"]),
+        ]
+        constants["decode"] = (8 * HALVES.T).astype(np.float32)
+    image = value("image", TensorProto.UINT8, ["N", SIDE, SIDE, 1])
+    tensors = [numpy_helper.from_array(array, name) for name, array in constants.items()]
+    return _checked(helper.make_graph(nodes, kind, [image], outputs, tensors))
+
+
+def tiny_sampler() -> onnx.ModelProto:
+    """The density's sampler.onnx: image -> log_probs, the same everywhere, and order, one step."""
+    node = helper.make_node
+    nodes = [
+        node("Shape", ["image"], ["sides"]),
+        node("Concat", ["sides", "levels"], ["shape"], axis=0),
+        node("Expand", ["table", "shape"], ["log_probs"]),
+        node("Identity", ["zeros"], ["order"]),
+    ]
+    constants = {
+        "levels": np.array([256]),
+        "table": -NLL.astype(np.float32),
+        "zeros": np.zeros((SIDE, SIDE, 1), np.int64),
+    }
+    value = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        nodes,
+        "sampler",
+        [value("image", TensorProto.UINT8, ["N", SIDE, SIDE, 1])],
+        [
+            value("log_probs", TensorProto.FLOAT, ["N", SIDE, SIDE, 1, 256]),
+            value("order", TensorProto.INT64, [SIDE, SIDE, 1]),
+        ],
+        [numpy_helper.from_array(array, name) for name, array in constants.items()],
+    )
+    return _checked(graph)
+
+
+def _checked(graph: onnx.GraphProto) -> onnx.ModelProto:
     model = helper.make_model(
         graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9, producer_name="tiny"
     )
@@ -185,6 +280,61 @@ def tiny_bundle(
     manifest = tiny_manifest(calibration_n=n, **changes)
     path = tmp_path / manifest.name
     write_bundle(path, manifest, {**tiny_files(n), **(files or {})})
+    return path
+
+
+def tiny_classifier(
+    tmp_path: Path, *, files: dict[str, bytes] | None = None, **changes: Any
+) -> Path:
+    """Write the classifier of dark and bright; arguments as for `tiny_bundle`."""
+    fields = {"classes": list(CLASSES), "statistics": ["largest_log_posterior"], **changes}
+    return _other_bundle(tmp_path, "classifier", files or {}, fields)
+
+
+def tiny_autoencoder(
+    tmp_path: Path, *, files: dict[str, bytes] | None = None, **changes: Any
+) -> Path:
+    """Write the autoencoder of two means; arguments as for `tiny_bundle`."""
+    fields = {"statistics": ["reconstruction_error"], **changes}
+    return _other_bundle(tmp_path, "autoencoder", files or {}, fields)
+
+
+def other_golden(kind: str, g: int = 4) -> Golden:
+    """g images, dark and bright, with what the classifier or the autoencoder says of them."""
+    images = draw(g, seed=3)
+    images[::2] = 255 - images[::2]
+    none = np.empty((g, 0))
+    if kind == "classifier":
+        posterior = log_posterior(images)
+        return Golden(images, none, posterior.max(axis=1, keepdims=True), posterior)
+    return Golden(images, none, reconstruction_error(images), embedding=embedding(images))
+
+
+def _other_bundle(
+    tmp_path: Path, kind: str, files: dict[str, bytes], fields: dict[str, Any]
+) -> Path:
+    """A bundle that is no density."""
+    model = tiny_encoder(kind)
+    full = tiny_calibration()
+    hashes = Calibration.hashes_alone(full.training_hashes, full.calibration_hashes)
+    given = {
+        "name": kind,
+        "kind": kind,
+        "likelihood": "none",
+        "score_name": "none",
+        "calibration_n": 0,
+        "outputs": {output.name: {"unit": "mixed"} for output in model.graph.output},
+        **fields,
+    }
+    manifest = tiny_manifest(**given)
+    path = tmp_path / manifest.name
+    usual = {
+        "model.onnx": model.SerializeToString(deterministic=True),
+        "calibration.npz": pack_calibration(hashes),
+        "golden.npz": pack_golden(other_golden(kind)),
+        "CARD.md": f"# {kind}\n\nTwo means of a tiny image.\n".encode(),
+    }
+    write_bundle(path, manifest, {**usual, **files})
     return path
 
 

@@ -171,9 +171,7 @@ def _read_folder(folder: Path) -> Bundle:
     golden = unpack_golden(content["golden.npz"], manifest)
     for name in content:
         if name.endswith(".onnx"):
-            graph = scan_model(content[name], name)
-            if name == "model.onnx":
-                check_graph(graph, manifest, name)
+            check_graph(scan_model(content[name], name), manifest, name)
     return Bundle(folder, manifest, content["model.onnx"], calibration, golden)
 
 

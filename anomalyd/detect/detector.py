@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 
 from anomalyd.detect import conformal
-from anomalyd.detect.bundle import Bundle, Calibration, Golden, Manifest, read_bundle
-from anomalyd.detect.runtime import CPU, Raw, Session
-from anomalyd.detect.statistics import finite, make_score
+from anomalyd.detect.bundle import Bundle, Calibration, Manifest, read_bundle
+from anomalyd.detect.golden import open_session
+from anomalyd.detect.runtime import Raw, Session
+from anomalyd.detect.statistics import finite, make_score, negative_log_likelihood
 from anomalyd.errors import BundleError
 from anomalyd.images import ImageSpec, to_pixels
 
@@ -24,10 +25,6 @@ if TYPE_CHECKING:
     Image = str | Path | bytes | memoryview | NDArray[np.uint8]
 
 __all__ = ["Detector", "Judged", "Verdict"]
-
-GOLDEN_TOLERANCE = 1e-5  # bits/dim, on the CPU
-OTHER_TOLERANCE = 1e-4  # bits/dim, on a provider that the manifest does not name
-STATISTICS_TOLERANCE = 1e-3  # relative and absolute: they have units of their own
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +61,13 @@ class Verdict:
     reason: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields that are present, in order."""
-        return {name: value for name in _FIELDS if (value := getattr(self, name)) is not None}
+        """The fields that are present, in order; the label of a rejected image is None."""
+        classified = self.rejected is not None
+        return {
+            name: value
+            for name in _FIELDS
+            if (value := getattr(self, name)) is not None or (name == "label" and classified)
+        }
 
 
 _FIELDS = tuple(field.name for field in fields(Verdict))
@@ -106,7 +108,10 @@ class Detector:
         self.calibration: Calibration = bundle.calibration
         self.session = session
         self.spec: ImageSpec = bundle.manifest.image
-        self._score = make_score(bundle.manifest.score_name, bundle.calibration.fit_nll)
+        try:
+            self._score = make_score(bundle.manifest.score_name, bundle.calibration.fit_nll)
+        except BundleError as error:
+            raise BundleError(f"bundle {bundle.path}: {error}") from None
         self._fit_statistics = np.sort(bundle.calibration.fit_statistics, axis=0)
 
     @classmethod
@@ -121,16 +126,24 @@ class Detector:
             threads: CPU threads; None takes what this process may use.
 
         Raises:
-            BundleError: naming what is wrong with the bundle.
+            BundleError: naming what is wrong with the bundle, or that it is no density.
             UsageError: an unknown device, or one that is not here.
         """
-        bundle = read_bundle(path)
-        try:
-            detector = cls(bundle, Session(bundle.model, device=device, threads=threads))
-            detector._check_golden(bundle.golden)
-        except BundleError as error:
-            raise BundleError(f"bundle {path}: {error}") from None
-        return detector
+        return cls.start(read_bundle(path), device=device, threads=threads)
+
+    @classmethod
+    def start(
+        cls, bundle: Bundle, *, device: str = "auto", threads: int | None = None
+    ) -> Detector:
+        """The same for a bundle that has been read."""
+        kind = bundle.manifest.kind
+        if kind != "density":
+            raise BundleError(
+                f"bundle {bundle.path}: of kind {kind}, which has no density to score by; it is "
+                "for `anomalyd embed` and `anomalyd train --init`; score with a density, by "
+                "classes with a class-conditional one"
+            )
+        return cls(bundle, open_session(bundle, device=device, threads=threads))
 
     @property
     def confidence(self) -> float | None:
@@ -212,14 +225,7 @@ class Detector:
 
     def nll(self, raw: Raw) -> NDArray[np.float64]:
         """-log p(x): float64 (N,) nats, finite; with classes p(x) = sum over y of p(y) p(x|y)."""
-        log_likelihood = raw.log_likelihood
-        if log_likelihood.shape[1] == 1:
-            return finite(-log_likelihood[:, 0])
-        classes = log_likelihood.shape[1]
-        priors = self.manifest.priors or [1 / classes] * classes
-        with np.errstate(divide="ignore", invalid="ignore"):
-            joint = log_likelihood + np.log(priors)
-            return finite(-np.logaddexp.reduce(joint, axis=1))
+        return negative_log_likelihood(raw.log_likelihood, self.manifest.priors)
 
     def explain(self, raw: Raw, row: int) -> dict[str, dict[str, Any]]:
         """Each statistic of one image with where it stands among the fit split's.
@@ -243,35 +249,6 @@ class Detector:
 
     def _pixels(self, image: Image) -> NDArray[np.uint8]:
         return to_pixels(Path(image) if isinstance(image, str) else image, self.spec)
-
-    def _check_golden(self, golden: Golden) -> None:
-        raw = self.session.run(golden.images)
-        for name in ("log_likelihood", "statistics"):
-            got, expected = getattr(raw, name).shape, getattr(golden, name).shape
-            if got != expected:
-                raise BundleError(
-                    f"model.onnx gives {name} of shape {got} for the golden images, and "
-                    f"golden.npz says {expected}; export the bundle again"
-                )
-        provider = self.session.provider
-        allowed = self.manifest.tolerance.get(provider, OTHER_TOLERANCE)
-        if provider == CPU:
-            allowed = GOLDEN_TOLERANCE
-        with np.errstate(invalid="ignore"):
-            off = float(np.max(np.abs(raw.log_likelihood - golden.log_likelihood)))
-        off /= self.dimensions * math.log(2)
-        # Written so that NaN is refused as well.
-        if not off <= allowed:
-            raise BundleError(
-                f"the graph's golden scores are off by {off:.2g} bits/dim on {provider}, and "
-                f"{allowed:g} is allowed; use another --device or export the bundle again"
-            )
-        tolerance = STATISTICS_TOLERANCE
-        if not np.allclose(raw.statistics, golden.statistics, rtol=tolerance, atol=tolerance):
-            raise BundleError(
-                f"the graph's golden statistics are off by more than {tolerance:g} on {provider}; "
-                "use another --device or export the bundle again"
-            )
 
 
 def _batches(images: Iterable[Any], size: int) -> Iterator[list[Any]]:

@@ -6,7 +6,7 @@ import json
 import math
 import re
 import reprlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, Literal, NoReturn, TypedDict
@@ -19,6 +19,7 @@ from anomalyd.images import ImageSpec
 
 __all__ = [
     "FORMAT_VERSION",
+    "OUTPUTS",
     "FileEntry",
     "Guarantee",
     "Manifest",
@@ -30,6 +31,18 @@ __all__ = [
 
 FORMAT_VERSION = 1
 MAX_SIDE = 65_535
+OUTPUTS = {
+    "density": ("log_likelihood", "statistics"),
+    "classifier": ("log_posterior", "statistics", "embedding"),
+    "autoencoder": ("embedding", "statistics"),
+}
+"""Kind -> the outputs that its graph must have, the one that golden.npz holds it to first."""
+FOREIGN = {
+    "density": ("log_posterior",),
+    "classifier": ("log_likelihood", "nll_map"),
+    "autoencoder": ("log_likelihood", "log_posterior", "nll_map"),
+}
+"""Kind -> the outputs that its graph must not have: they would say what it does not know."""
 
 # One component of a path, safe in a URL, a metric label and a terminal alike.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}")
@@ -65,12 +78,14 @@ class Manifest:
         format_version: version of the format, 1.
         name: what URLs, metrics and output call the model.
         version: version of this model, free within the characters of `name`.
+        kind: what the graph computes; a density is what verdicts need, the others embed.
         created: time of writing, ISO 8601 in UTC.
         image: the images the graph takes and how others are fitted to it.
-        likelihood: "exact", or the lower bound it is: "elbo" or "iwae-K".
-        score_name: which score the verdict rests on.
+        likelihood: "exact", or the lower bound it is: "elbo" or "iwae-K"; "none" where the
+            kind is no density.
+        score_name: which score the verdict rests on; "none" likewise.
         guarantee: what the p-values of calibration.npz promise.
-        classes: names of the K classes, None for one density without classes.
+        classes: names of the K classes, None for a model without classes.
         priors: probabilities of the classes, summing to 1.
         outputs: outputs of model.onnx with their units.
         statistics: names of the S columns of the output `statistics`.
@@ -79,7 +94,7 @@ class Manifest:
         parameters: number of trained parameters.
         bits_per_dim: mean bits per dimension of a split, None where not measured.
         tolerance: bits/dim that scores may differ by, per execution provider.
-        calibration_n: number of calibration images.
+        calibration_n: number of calibration images; 0 where the kind is no density.
         files: SHA-256 and size of every other file; filled in by `write_bundle`.
         data_digest: identifies the training data.
         licence: licence of the weights, and of the data where it matters.
@@ -171,9 +186,6 @@ def _rules(m: Manifest) -> Iterator[tuple[str, Any, bool, str]]:
     yield "image.height", height, 1 <= height <= MAX_SIDE, f"from 1 to {MAX_SIDE}"
     yield "image.width", width, 1 <= width <= MAX_SIDE, f"from 1 to {MAX_SIDE}"
     yield "image.levels", levels, 2 <= levels <= 256, "from 2 to 256"
-    likelihood, score = m.likelihood, m.score_name
-    yield "likelihood", likelihood, _matches(_LIKELIHOOD, likelihood), "exact, elbo or iwae-K"
-    yield "score_name", score, _matches(_WORD, score), f"like {_WORD.pattern}"
     confidence = m.guarantee["confidence"]
     if m.guarantee["kind"] == "marginal":
         yield "guarantee.confidence", confidence, confidence is None, "null for marginal"
@@ -183,8 +195,10 @@ def _rules(m: Manifest) -> Iterator[tuple[str, Any, bool, str]]:
     for key, names in (("statistics", m.statistics), ("outputs", list(m.outputs))):
         fine = all(_matches(_WORD, name) for name in names) and _are_different(names)
         yield key, names, fine, f"different names like {_WORD.pattern}"
-    both = {"log_likelihood", "statistics"} <= m.outputs.keys()
-    yield "outputs", list(m.outputs), both, "at least log_likelihood and statistics"
+    needed = OUTPUTS[m.kind]
+    yield "outputs", list(m.outputs), m.outputs.keys() >= {*needed}, f"at least {_listed(needed)}"
+    foreign = [name for name in FOREIGN[m.kind] if name in m.outputs]
+    yield "outputs", list(m.outputs), not foreign, f"without {foreign} where kind is {m.kind}"
     classes, priors = m.classes, m.priors
     if classes is not None:
         fine = len(classes) > 0 and all(classes) and _are_different(classes)
@@ -196,11 +210,39 @@ def _rules(m: Manifest) -> Iterator[tuple[str, Any, bool, str]]:
     yield "default_alpha", m.default_alpha, 0 < m.default_alpha < 1, "within (0, 1)"
     yield "opset", m.opset, m.opset >= 1, "at least 1"
     yield "parameters", m.parameters, m.parameters >= 0, "at least 0"
-    yield "calibration_n", m.calibration_n, m.calibration_n >= 1, "at least 1"
     for split, bits in m.bits_per_dim.items():
         yield f"bits_per_dim.{split}", bits, bits is None or math.isfinite(bits), "finite or null"
     for provider, bits in m.tolerance.items():
         yield f"tolerance.{provider}", bits, 0 <= bits <= 1, "from 0 to 1 bits/dim"
+    yield from _density_rules(m) if m.kind == "density" else _other_rules(m)
+
+
+def _density_rules(m: Manifest) -> Iterator[tuple[str, Any, bool, str]]:
+    likelihood, score = m.likelihood, m.score_name
+    yield "likelihood", likelihood, _matches(_LIKELIHOOD, likelihood), "exact, elbo or iwae-K"
+    fine = _matches(_WORD, score) and score != "none"
+    yield "score_name", score, fine, f"like {_WORD.pattern} and not none"
+    yield "calibration_n", m.calibration_n, m.calibration_n >= 1, "at least 1"
+
+
+def _other_rules(m: Manifest) -> Iterator[tuple[str, Any, bool, str]]:
+    """What has no density has no likelihood, no score and nothing to promise."""
+    where = f"where kind is {m.kind}"
+    yield "likelihood", m.likelihood, m.likelihood == "none", f"none {where}"
+    yield "score_name", m.score_name, m.score_name == "none", f"none {where}"
+    yield "calibration_n", m.calibration_n, m.calibration_n == 0, f"0 {where}"
+    promise = m.guarantee["kind"]
+    yield "guarantee.kind", promise, promise == "marginal", f"marginal {where}"
+    for split, bits in m.bits_per_dim.items():
+        yield f"bits_per_dim.{split}", bits, bits is None, f"null {where}"
+    if m.kind == "classifier":
+        yield "classes", m.classes, m.classes is not None, f"the names of the classes {where}"
+    else:
+        yield "classes", m.classes, m.classes is None, f"null {where}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def _matches(pattern: re.Pattern[str], text: str) -> bool:

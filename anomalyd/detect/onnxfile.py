@@ -17,7 +17,7 @@ It does not check that the graph is valid: onnxruntime does, after this.
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass, field
 
 from anomalyd.detect.manifest import Manifest
@@ -48,6 +48,8 @@ ELEMENT_TYPES = {
     10: "float16",
     11: "float64",
 }
+
+_Sides = tuple[int | str | None, ...]  # a number, "N" for what is left open, None for any
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _EXTERNAL = (
@@ -107,13 +109,21 @@ def scan_model(data: bytes, what: str = "model.onnx") -> Graph:
 
 
 def check_graph(graph: Graph, manifest: Manifest, what: str = "model.onnx") -> None:
-    """Hold a graph against the contract: names, types and shapes of inputs and outputs.
+    """Hold a graph against its contract: names, types and shapes of inputs and outputs.
+
+    Args:
+        graph: what `scan_model` found.
+        manifest: what the bundle says of it.
+        what: its name; a file that no contract is known for is taken as it is.
 
     Raises:
         BundleError: naming the input or output, what it must be and what it is.
     """
+    check = _CHECKS.get(what)
+    if check is None:
+        return
     try:
-        _check(graph, manifest)
+        check(graph, manifest)
     except _Refused as error:
         raise BundleError(f"{what}: {error}") from None
 
@@ -213,54 +223,112 @@ def _dimension(side: _Message) -> int | str | None:
     return side.text(2) or None
 
 
-def _check(graph: Graph, manifest: Manifest) -> None:
+def _check_model(graph: Graph, manifest: Manifest) -> None:
     if graph.opset != manifest.opset:
         raise _Refused(f"opset is {graph.opset} where the manifest says {manifest.opset}")
-    random = sorted(graph.operators & RANDOM)
-    if random:
-        raise _Refused(
-            f"operator {random[0]} draws at random, and one image must always get one score; "
-            "put fixed noise into the graph"
-        )
+    _check_names(graph.outputs, manifest.outputs.keys())
+    _check_scoring(graph, manifest)
+
+
+def _check_explain(graph: Graph, manifest: Manifest) -> None:
+    _check_is_density(manifest)
+    _check_names(graph.outputs, set(), {"nll_map", "embedding"})
+    if not graph.outputs:
+        raise _Refused("has no outputs; leave the file out")
+    _check_scoring(graph, manifest)
+
+
+def _check_scoring(graph: Graph, manifest: Manifest) -> None:
+    """What model.onnx and explain.onnx have in common."""
+    _check_fixed(graph, "one image must always get one score; use fixed noise")
     image = manifest.image
     if [tensor.name for tensor in graph.inputs] != ["image"]:
         names = [tensor.name for tensor in graph.inputs]
         raise _Refused(f"must have the one input 'image', not {reprlib.repr(names)}")
-    _check_tensor(graph.inputs[0], "uint8", (image.height, image.width, image.channels))
-    outputs = {tensor.name: tensor for tensor in graph.outputs}
-    if sorted(tensor.name for tensor in graph.outputs) != sorted(manifest.outputs):
-        raise _Refused(
-            f"outputs are {reprlib.repr(sorted(outputs))} where the manifest lists "
-            f"{reprlib.repr(sorted(manifest.outputs))}"
-        )
-    sides: dict[str, tuple[int | None, ...]] = {
-        "log_likelihood": (len(manifest.classes) if manifest.classes else None,),
-        "statistics": (len(manifest.statistics),),
-        "nll_map": (image.height, image.width),
-        "embedding": (None,),
+    _check_tensor(graph.inputs[0], "uint8", ("N", image.height, image.width, image.channels))
+    classes = len(manifest.classes) if manifest.classes else None
+    sides: dict[str, _Sides] = {
+        "log_likelihood": ("N", classes),
+        "log_posterior": ("N", classes),
+        "statistics": ("N", len(manifest.statistics)),
+        "nll_map": ("N", image.height, image.width),
+        "embedding": ("N", None),
     }
-    for name, expected in sides.items():
-        if name in outputs:
-            _check_tensor(outputs[name], "float32", expected)
+    for tensor in graph.outputs:
+        if tensor.name in sides:
+            _check_tensor(tensor, "float32", sides[tensor.name])
 
 
-def _check_tensor(tensor: Tensor, dtype: str, sides: tuple[int | None, ...]) -> None:
-    """Sides known on both sides must agree; N, the first, must be left open."""
-    wanted = f"{dtype} with shape (N, {', '.join(str(side or 'any') for side in sides)})"
+def _check_sampler(graph: Graph, manifest: Manifest) -> None:
+    _check_is_density(manifest)
+    _check_fixed(graph, "whoever runs a sampler draws; leave it out")
+    image = manifest.image
+    sides = (image.height, image.width, image.channels)
+    inputs: dict[str, tuple[str, _Sides]] = {"image": ("uint8", ("N", *sides))}
+    if manifest.classes:
+        inputs["label"] = ("int64", ("N",))
+    outputs: dict[str, tuple[str, _Sides]] = {
+        "log_probs": ("float32", ("N", *sides, image.levels)),
+        "order": ("int64", sides),
+    }
+    _check_names(graph.inputs, inputs.keys(), {"latent"}, "inputs")
+    _check_names(graph.outputs, outputs.keys())
+    known = inputs | outputs | {"latent": ("float32", ("N", None))}
+    for tensor in graph.inputs + graph.outputs:
+        _check_tensor(tensor, *known[tensor.name])
+        if tensor.name == "latent" and not isinstance((tensor.shape or (None,))[-1], int):
+            raise _Refused(f"latent must have a fixed size Z, not the shape {tensor.shape}")
+
+
+_CHECKS = {
+    "model.onnx": _check_model,
+    "explain.onnx": _check_explain,
+    "sampler.onnx": _check_sampler,
+}
+
+
+def _check_is_density(manifest: Manifest) -> None:
+    if manifest.kind != "density":
+        raise _Refused(f"belongs to a density, and kind is {manifest.kind}; leave it out")
+
+
+def _check_fixed(graph: Graph, rule: str) -> None:
+    random = sorted(graph.operators & RANDOM)
+    if random:
+        raise _Refused(f"operator {random[0]} draws at random, and {rule}")
+
+
+def _check_names(
+    tensors: list[Tensor],
+    needed: Set[str],
+    optional: Set[str] = frozenset(),
+    which: str = "outputs",
+) -> None:
+    names = [tensor.name for tensor in tensors]
+    if not needed <= {*names} <= needed | optional or len({*names}) < len(names):
+        more = f" and at most {reprlib.repr(sorted(optional))} more" if optional else ""
+        raise _Refused(
+            f"{which} must be {reprlib.repr(sorted(needed))}{more}, "
+            f"not {reprlib.repr(sorted(names))}"
+        )
+
+
+def _check_tensor(tensor: Tensor, dtype: str, sides: _Sides) -> None:
+    """Sides known on both sides must agree; N, where there is one, must be left open."""
     shape = tensor.shape
     agrees = tensor.dtype == dtype and (
-        shape is None
-        or (
-            len(shape) == len(sides) + 1
-            and not isinstance(shape[0], int)
-            and all(
-                a == b or b is None or not isinstance(a, int)
-                for a, b in zip(shape[1:], sides, strict=True)
-            )
-        )
+        shape is None or (len(shape) == len(sides) and all(map(_side_agrees, shape, sides)))
     )
     if not agrees:
-        raise _Refused(f"{tensor.name} must be {wanted}, not {tensor.dtype} with shape {shape}")
+        wanted = ", ".join("any" if side is None else str(side) for side in sides)
+        raise _Refused(
+            f"{tensor.name} must be {dtype} with shape ({wanted}), "
+            f"not {tensor.dtype} with shape {shape}"
+        )
+
+
+def _side_agrees(found: int | str | None, wanted: int | str | None) -> bool:
+    return not isinstance(found, int) or wanted is None or found == wanted
 
 
 @dataclass

@@ -1,9 +1,9 @@
-"""Where rows of verdicts go: a table, JSON lines, CSV or Parquet; to a stream or to a file.
+"""Where rows go: a table, JSON lines, CSV or Parquet; to a stream or to a file.
 
-A file appears whole or not at all. Rows first go to a journal, NAME.part, one line of JSON each
-under a line that says what was asked for; the file is made from it at the end, under a temporary
-name, and renamed. So whenever the process dies, either the old file is there untouched, or the
-new one is, and the journal is what `--resume` goes on from.
+A file appears whole or not at all. Rows of verdicts first go to a journal, NAME.part, one line of
+JSON each under a line that says what was asked for; the file is made from it at the end, under a
+temporary name, and renamed. So whenever the process dies, either the old file is there untouched,
+or the new one is, and the journal is what `--resume` goes on from.
 """
 
 from __future__ import annotations
@@ -20,21 +20,31 @@ from typing import IO, Any, Protocol
 
 import click
 import msgspec
+import numpy as np
 
 from anomalyd.errors import AnomalydError, MissingExtra, UsageError
 
-__all__ = ["FORMATS", "Journal", "Row", "Writer", "columns", "file_format", "make_writer"]
+__all__ = [
+    "FORMATS",
+    "Journal",
+    "Row",
+    "Writer",
+    "columns",
+    "file_format",
+    "make_writer",
+    "write_file",
+]
 
 Row = dict[str, Any]
-"""One input: its verdict, or `source`, `index` and `error`."""
+"""One input: its verdict or its embedding, or `source`, `index` and `error`."""
 
 FORMATS = ("table", "jsonl", "csv")
 FILES = {".parquet": "parquet", ".jsonl": "jsonl", ".csv": "csv"}
 VERDICT = ("bits_per_dim", "likelihood", "score", "score_name", "p_value", "alpha", "outlier")
-TEXTS = ("source", "likelihood", "score_name", "explain", "error")
+TEXTS = ("source", "label", "likelihood", "score_name", "explain", "error")
 ROWS_AT_A_TIME = 4096
 
-_encoder = msgspec.json.Encoder()
+_encoder = msgspec.json.Encoder(enc_hook=np.ndarray.tolist)
 
 
 class Writer(Protocol):
@@ -68,13 +78,53 @@ def file_format(path: Path) -> str:
     return kind
 
 
-def make_writer(kind: str, stream: IO[bytes], names: Sequence[str]) -> Writer:
-    """The writer of one format; names as `columns` gives them, which JSON lines do not need."""
+def make_writer(
+    kind: str, stream: IO[bytes], names: Sequence[str], *, features: int = 0
+) -> Writer:
+    """The writer of one format.
+
+    Args:
+        kind: "parquet", "csv", "jsonl" or "table".
+        stream: what to write to.
+        names: the columns, which JSON lines do not need.
+        features: numbers in the column `embedding`, where there is one.
+    """
     if kind == "parquet":
-        return _Parquet(stream, names)
+        return _Parquet(stream, names, features)
     if kind == "csv":
-        return _Csv(stream, names)
+        return _Csv(stream, names, features)
     return _Table(stream) if kind == "table" else _JsonLines(stream)
+
+
+def write_file(
+    path: Path, kind: str, names: Sequence[str], rows: Iterable[Row], *, features: int = 0
+) -> None:
+    """A file of rows, streamed, that is there whole once they have ended well, or not at all.
+
+    Args:
+        path: the file to be.
+        kind: "parquet", "csv" or "jsonl".
+        names: the columns.
+        rows: any number.
+        features: as for `make_writer`.
+
+    Raises:
+        AnomalydError: the disk refuses.
+    """
+    new = path.with_name(path.name + ".new")
+    with _writing(path):
+        try:
+            with new.open("wb") as stream:
+                writer = make_writer(kind, stream, names, features=features)
+                iterator = iter(rows)
+                while chunk := list(islice(iterator, ROWS_AT_A_TIME)):
+                    writer.write(chunk)
+                writer.close()
+                stream.flush()
+                os.fsync(stream.fileno())
+            new.replace(path)
+        finally:
+            new.unlink(missing_ok=True)
 
 
 class Journal:
@@ -132,17 +182,8 @@ class Journal:
 
     def finish(self, kind: str, names: Sequence[str], rows: Iterable[Row]) -> None:
         """Make the file from rows, put it in place and remove the journal."""
-        new = self.path.with_name(self.path.name + ".new")
+        write_file(self.path, kind, names, rows)
         with _writing(self.path):
-            with new.open("wb") as stream:
-                writer = make_writer(kind, stream, names)
-                iterator = iter(rows)
-                while chunk := list(islice(iterator, ROWS_AT_A_TIME)):
-                    writer.write(chunk)
-                writer.close()
-                stream.flush()
-                os.fsync(stream.fileno())
-            new.replace(self.path)
             self.part.unlink()
 
     def _read_on(self, header: Row) -> None:
@@ -179,16 +220,27 @@ class _JsonLines:
 
 
 class _Csv:
-    def __init__(self, stream: IO[bytes], names: Sequence[str]) -> None:
+    """An embedding is spread over columns of its own: embedding_0, embedding_1 and so on."""
+
+    def __init__(self, stream: IO[bytes], names: Sequence[str], features: int) -> None:
         self._stream = stream
-        self._names = names
+        self._spread = [f"embedding_{i}" for i in range(features)]
+        spread = {"embedding": self._spread}
+        names = [part for name in names for part in spread.get(name, [name])]
         self._buffer = io.StringIO()
         self._writer = csv.DictWriter(self._buffer, names, lineterminator="\n")
         self._writer.writeheader()
 
     def write(self, rows: Sequence[Row]) -> None:
-        self._writer.writerows(map(_flat, rows))
+        self._writer.writerows(self._columns(_flat(row)) for row in rows)
         self._flush()
+
+    def _columns(self, row: Row) -> Row:
+        vector = row.get("embedding")
+        if vector is None:
+            return row
+        rest = {name: value for name, value in row.items() if name != "embedding"}
+        return rest | dict(zip(self._spread, vector.tolist(), strict=True))
 
     def close(self) -> None:
         self._flush()
@@ -202,12 +254,14 @@ class _Csv:
 class _Parquet:
     """Typed columns, null where a row has no such field."""
 
-    def __init__(self, stream: IO[bytes], names: Sequence[str]) -> None:
+    def __init__(self, stream: IO[bytes], names: Sequence[str], features: int) -> None:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
         types = {name: pa.string() for name in TEXTS}
         types |= {"index": pa.int64(), "outlier": pa.bool_()}
+        if features:
+            types["embedding"] = pa.list_(pa.float32(), features)
         self._table = pa.Table
         self._schema = pa.schema([(name, types.get(name, pa.float64())) for name in names])
         self._writer = pq.ParquetWriter(stream, self._schema)

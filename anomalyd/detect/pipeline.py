@@ -1,4 +1,4 @@
-"""The one path from a source to raw scores: calibrate, evaluate and score all take it.
+"""The one path from a source to raw scores: calibrate, evaluate, score and embed all take it.
 
     items -> slabs -> decode (a pool of threads) -> run (one thread) -> the caller, in order
 
@@ -65,6 +65,7 @@ class Collected:
         hashes: uint64 (N,) content hashes.
         names: N names, as `item_name` gives them.
         groups: N groups, or None each.
+        labels: N class names, or None each.
         errors: (name, error) of what could not be read.
     """
 
@@ -72,6 +73,7 @@ class Collected:
     hashes: NDArray[np.uint64]
     names: list[str]
     groups: list[str | None]
+    labels: list[str | None]
     errors: list[tuple[str, ImageError]]
 
     def __len__(self) -> int:
@@ -79,8 +81,14 @@ class Collected:
 
     def __getitem__(self, rows: NDArray[np.bool_]) -> Collected:
         kept = np.flatnonzero(rows)
-        names, groups = [self.names[i] for i in kept], [self.groups[i] for i in kept]
-        return Collected(self.raw[rows], self.hashes[rows], names, groups, self.errors)
+        return Collected(
+            self.raw[rows],
+            self.hashes[rows],
+            [self.names[i] for i in kept],
+            [self.groups[i] for i in kept],
+            [self.labels[i] for i in kept],
+            self.errors,
+        )
 
 
 def item_name(item: Item) -> str:
@@ -95,6 +103,7 @@ def scored(
     *,
     limits: Limits = LIMITS,
     nll_map: bool = False,
+    embedding: bool = False,
     hashes: bool = False,
     workers: int | None = None,
 ) -> Iterator[Slab]:
@@ -106,6 +115,7 @@ def scored(
         items: any number; read as they are needed.
         limits: budgets of one image.
         nll_map: fetch per-pixel maps.
+        embedding: fetch the encoder's features.
         hashes: compute content hashes.
         workers: decoding threads; None takes what this process may use.
 
@@ -125,7 +135,7 @@ def scored(
         slab = decoded.result()
         if not len(slab.readable):
             return slab
-        raw = session.run(slab.pixels, nll_map=nll_map, progress=interrupt)
+        raw = session.run(slab.pixels, nll_map=nll_map, embedding=embedding, progress=interrupt)
         return Slab(slab.items, slab.readable, slab.errors, slab.pixels, slab.hashes, raw)
 
     try:
@@ -157,6 +167,7 @@ def collect(
     """
     names: list[str] = []
     groups: list[str | None] = []
+    labels: list[str | None] = []
     errors: list[tuple[str, ImageError]] = []
     raws: list[Raw] = []
     hashes: list[NDArray[np.uint64]] = []
@@ -165,6 +176,7 @@ def collect(
         readable = [slab.items[place] for place in slab.readable]
         names += map(item_name, readable)
         groups += [item.group for item in readable]
+        labels += [item.label for item in readable]
         hashes.append(slab.hashes)
         if slab.raw is not None:
             raws.append(slab.raw)
@@ -172,7 +184,7 @@ def collect(
             progress(len(slab.items))
     if not raws:
         return None
-    return Collected(Raw.concat(raws), np.concatenate(hashes), names, groups, errors)
+    return Collected(Raw.concat(raws), np.concatenate(hashes), names, groups, labels, errors)
 
 
 class _Stopped(Exception):

@@ -1,4 +1,4 @@
-"""One onnxruntime session around a bundle's graph: pixels in, raw scores out."""
+"""One onnxruntime session around a bundle's graph: pixels in, raw scores and features out."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ __all__ = ["CPU", "CUDA", "DEVICES", "Raw", "Session", "available_cpus", "infere
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
 DEVICES = ("auto", "cpu", "cuda")
+ALWAYS = ("log_likelihood", "log_posterior", "statistics")  # fetched where the graph has them
 FATAL = 4  # onnxruntime's log severity; errors still reach us, as exceptions
 
 # onnxruntime's own exceptions have no base class of theirs; RuntimeError is what options raise.
@@ -45,33 +46,44 @@ class Raw:
     """What the graph says about N images.
 
     Attributes:
-        log_likelihood: float64 (N, K), nats; K is 1 without classes.
+        log_likelihood: float64 (N, K), nats; K is 1 without classes, 0 without a density.
         statistics: float32 (N, S), named in the manifest.
         nll_map: float32 (N, H, W), nats per pixel; None where it was not asked for.
+        log_posterior: float32 (N, K), nats: log p(y|x); None where the graph is no classifier.
+        embedding: float32 (N, E); None where it was not asked for.
     """
 
     log_likelihood: NDArray[np.float64]
     statistics: NDArray[np.float32]
     nll_map: NDArray[np.float32] | None = None
+    log_posterior: NDArray[np.float32] | None = None
+    embedding: NDArray[np.float32] | None = None
 
     def __len__(self) -> int:
         return len(self.log_likelihood)
 
     def __getitem__(self, rows: slice | NDArray[np.intp] | NDArray[np.bool_]) -> Raw:
-        nll_map = None if self.nll_map is None else self.nll_map[rows]
-        return Raw(self.log_likelihood[rows], self.statistics[rows], nll_map)
+        optional = (self.nll_map, self.log_posterior, self.embedding)
+        chosen = (None if array is None else array[rows] for array in optional)
+        return Raw(self.log_likelihood[rows], self.statistics[rows], *chosen)
 
     @staticmethod
     def concat(parts: Sequence[Raw]) -> Raw:
         """The rows of all parts in order; at least one part."""
         if len(parts) == 1:
             return parts[0]
-        maps = [part.nll_map for part in parts if part.nll_map is not None]
         return Raw(
             np.concatenate([part.log_likelihood for part in parts]),
             np.concatenate([part.statistics for part in parts]),
-            np.concatenate(maps) if maps else None,
+            _joined([part.nll_map for part in parts]),
+            _joined([part.log_posterior for part in parts]),
+            _joined([part.embedding for part in parts]),
         )
+
+
+def _joined(arrays: Sequence[NDArray[np.float32] | None]) -> NDArray[np.float32] | None:
+    there = [array for array in arrays if array is not None]
+    return np.concatenate(there) if there else None
 
 
 class Session:
@@ -110,6 +122,7 @@ class Session:
         images: NDArray[np.uint8],
         *,
         nll_map: bool = False,
+        embedding: bool = False,
         progress: Callable[[int], object] | None = None,
     ) -> Raw:
         """Score images.
@@ -117,27 +130,37 @@ class Session:
         Args:
             images: uint8 (N, H, W, C), N >= 1.
             nll_map: fetch the per-pixel map too.
+            embedding: fetch the encoder's features too.
             progress: called after each batch with the number of images in it.
 
         Raises:
-            BundleError: the map was asked for and the graph has none, or the graph fails.
+            BundleError: what was asked for is not in the graph, or the graph fails.
         """
-        fetch = ["log_likelihood", "statistics"]
+        fetch = [name for name in ALWAYS if name in self.outputs]
         if nll_map:
             if "nll_map" not in self.outputs:
                 raise BundleError("model.onnx has no per-pixel map (nll_map): no heatmaps from it")
             fetch.append("nll_map")
-        parts = [
-            self._run(images[start:stop], fetch) for start, stop in self._batches(len(images))
-        ]
+        if embedding:
+            if "embedding" not in self.outputs:
+                raise BundleError("model.onnx has no encoder (embedding): no features from it")
+            fetch.append("embedding")
+        parts = []
+        for start, stop in self._batches(len(images)):
+            parts.append(self._run(images[start:stop], fetch))
+            if progress is not None:
+                progress(stop - start)
         return Raw.concat(parts)
 
     def _run(self, images: NDArray[np.uint8], fetch: list[str]) -> Raw:
         try:
-            log_likelihood, statistics, *maps = self._session.run(fetch, {"image": images})
+            found = dict(zip(fetch, self._session.run(fetch, {"image": images}), strict=True))
         except FAILURES as error:
             raise BundleError(f"model.onnx fails on images: {_first_line(error)}") from None
-        return Raw(log_likelihood.astype(np.float64), statistics, maps[0] if maps else None)
+        likelihood = found.pop("log_likelihood", None)
+        if likelihood is None:
+            likelihood = np.empty((len(images), 0))
+        return Raw(likelihood.astype(np.float64), **found)
 
     def _batches(self, n: int) -> Iterator[tuple[int, int]]:
         start = 0

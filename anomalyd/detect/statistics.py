@@ -10,7 +10,7 @@ promise would be void.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,7 +22,14 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.float64]
 
-__all__ = ["SCORES", "Score", "finite", "make_score", "typicality"]
+__all__ = [
+    "SCORES",
+    "Score",
+    "finite",
+    "make_score",
+    "negative_log_likelihood",
+    "typicality",
+]
 
 Score = Callable[["Floats"], "Floats"]
 """Negative log-likelihoods, float64 (N,) nats, to scores, float64 (N,)."""
@@ -65,6 +72,24 @@ def typicality(nll: Floats, fit_nll: Floats) -> Floats:
         (Nalisnick, Matsukawa, Teh, Lakshminarayanan, 2019)
     """
     return _typicality(fit_nll)(nll)
+
+
+def negative_log_likelihood(log_likelihood: Floats, priors: Sequence[float] | None) -> Floats:
+    """-log p(x), with classes p(x) = sum over y of p(y) p(x|y).
+
+    Args:
+        log_likelihood: float64 (N, K), nats.
+        priors: K probabilities; None for equal ones.
+
+    Returns:
+        float64 (N,), nats, finite.
+    """
+    classes = log_likelihood.shape[1]
+    if classes == 1:
+        return finite(-log_likelihood[:, 0])
+    with np.errstate(divide="ignore", invalid="ignore"):
+        joint = log_likelihood + np.log(priors or [1 / classes] * classes)
+        return finite(-np.logaddexp.reduce(joint, axis=1))
 
 
 def finite(values: Floats) -> Floats:

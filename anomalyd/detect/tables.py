@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from anomalyd.detect.manifest import Manifest
+from anomalyd.detect.manifest import OUTPUTS, Manifest
 from anomalyd.detect.npz import pack_arrays, unpack_arrays
 from anomalyd.errors import BundleError
 
@@ -22,6 +22,9 @@ __all__ = [
     "unpack_golden",
 ]
 
+SLACK = 1e-3
+"""How far float32 posteriors may be from summing to 1."""
+
 _CALIBRATION = {
     "fit_nll": ("<f8", 1),
     "fit_statistics": ("<f4", 2),
@@ -30,12 +33,20 @@ _CALIBRATION = {
     "training_hashes": ("<u8", 1),
     "calibration_hashes": ("<u8", 1),
 }
-_GOLDEN = {"images": ("|u1", 4), "log_likelihood": ("<f8", 2), "statistics": ("<f4", 2)}
+_GOLDEN = {
+    "images": ("|u1", 4),
+    "log_likelihood": ("<f8", 2),
+    "log_posterior": ("<f4", 2),
+    "embedding": ("<f4", 2),
+    "statistics": ("<f4", 2),
+}
 
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
     """What turns raw scores into p-values, the content of `calibration.npz`.
+
+    Where there is no density, there are the hashes alone: `hashes_alone` makes such a table.
 
     Attributes:
         fit_nll: float64 (m,), nats, ascending: -log-likelihood of the fit split.
@@ -54,20 +65,33 @@ class Calibration:
     training_hashes: NDArray[np.uint64]
     calibration_hashes: NDArray[np.uint64]
 
+    @staticmethod
+    def hashes_alone(
+        training_hashes: NDArray[np.uint64], calibration_hashes: NDArray[np.uint64]
+    ) -> Calibration:
+        """What a classifier or an autoencoder has: which images it has seen, and held out."""
+        none = np.empty(0)
+        fit_statistics = np.empty((0, 0), np.float32)
+        return Calibration(none, fit_statistics, none, none, training_hashes, calibration_hashes)
+
 
 @dataclass(frozen=True, eq=False)
 class Golden:
-    """Images and the raw scores that the graph must give them, the content of `golden.npz`.
+    """Images and what the graph must say about them, the content of `golden.npz`.
 
     Attributes:
         images: uint8 (g, H, W, C), g >= 1.
-        log_likelihood: float64 (g, K), nats.
+        log_likelihood: float64 (g, K), nats; K is 0 where the kind is no density.
         statistics: float32 (g, S).
+        log_posterior: float32 (g, K), nats: a classifier's.
+        embedding: float32 (g, E): an autoencoder's.
     """
 
     images: NDArray[np.uint8]
     log_likelihood: NDArray[np.float64]
     statistics: NDArray[np.float32]
+    log_posterior: NDArray[np.float32] | None = None
+    embedding: NDArray[np.float32] | None = None
 
 
 def pack_calibration(calibration: Calibration) -> bytes:
@@ -77,7 +101,10 @@ def pack_calibration(calibration: Calibration) -> bytes:
 
 def pack_golden(golden: Golden) -> bytes:
     """Bytes of `golden.npz`; the same arrays always give the same bytes."""
-    return _pack(golden, _GOLDEN)
+    absent = {key for key in _GOLDEN if getattr(golden, key) is None}
+    if not golden.log_likelihood.shape[1]:
+        absent.add("log_likelihood")
+    return _pack(golden, {key: _GOLDEN[key] for key in _GOLDEN if key not in absent})
 
 
 def _pack(record: Calibration | Golden, expected: Mapping[str, tuple[str, int]]) -> bytes:
@@ -103,7 +130,9 @@ def unpack_golden(data: bytes, manifest: Manifest) -> Golden:
     Raises:
         BundleError: naming the array, the rule and what was found.
     """
-    golden = Golden(**unpack_arrays(data, _GOLDEN, "golden.npz"))
+    keys = ("images", OUTPUTS[manifest.kind][0], "statistics")
+    arrays = unpack_arrays(data, {key: _GOLDEN[key] for key in keys}, "golden.npz")
+    golden = Golden(**{"log_likelihood": np.empty((len(arrays["images"]), 0)), **arrays})
     _refuse_broken("golden.npz", _golden_rules(golden, manifest))
     return golden
 
@@ -120,13 +149,21 @@ def _refuse_broken(what: str, rules: Iterable[tuple[bool | np.bool, str]]) -> No
 
 
 def _calibration_rules(c: Calibration, manifest: Manifest) -> _Rules:
-    n, width = len(c.scores), len(manifest.statistics)
-    stated, alpha = manifest.calibration_n, manifest.default_alpha
     for key in ("fit_nll", "fit_statistics", "scores", "p_table"):
         yield np.isfinite(getattr(c, key)).all(), f"{key} must be finite"
     for key in ("fit_nll", "scores", "training_hashes", "calibration_hashes"):
         array = getattr(c, key)
         yield (array[1:] >= array[:-1]).all(), f"{key} must be sorted in ascending order"
+    if manifest.kind == "density":
+        yield from _conformal_rules(c, manifest)
+        return
+    for key in ("fit_nll", "fit_statistics", "scores", "p_table"):
+        yield not getattr(c, key).size, f"{key} must be empty where kind is {manifest.kind}"
+
+
+def _conformal_rules(c: Calibration, manifest: Manifest) -> _Rules:
+    n, width = len(c.scores), len(manifest.statistics)
+    stated, alpha = manifest.calibration_n, manifest.default_alpha
     yield len(c.fit_nll) >= 1, "fit_nll must not be empty"
     yield _is_shape("fit_statistics", c.fit_statistics, (len(c.fit_nll), width))
     yield n == stated, f"scores holds {n} where manifest.json says calibration_n {stated}"
@@ -145,13 +182,19 @@ def _calibration_rules(c: Calibration, manifest: Manifest) -> _Rules:
 
 def _golden_rules(g: Golden, manifest: Manifest) -> _Rules:
     image, count = manifest.image, len(g.images)
-    columns = len(manifest.classes) if manifest.classes else max(1, g.log_likelihood.shape[1])
+    main = OUTPUTS[manifest.kind][0]
+    array = getattr(g, main)
+    columns = len(manifest.classes) if manifest.classes else max(1, array.shape[1])
     yield count >= 1, "images must not be empty"
     yield _is_shape("images", g.images, (count, image.height, image.width, image.channels))
-    yield _is_shape("log_likelihood", g.log_likelihood, (count, columns))
+    yield _is_shape(main, array, (count, columns))
     yield _is_shape("statistics", g.statistics, (count, len(manifest.statistics)))
-    for key in ("log_likelihood", "statistics"):
+    for key in (main, "statistics"):
         yield np.isfinite(getattr(g, key)).all(), f"{key} must be finite"
+    if main == "log_posterior":
+        yield (array <= SLACK).all(), f"{main} must be at most 0, the log of a probability"
+        total = np.exp(array.astype(np.float64)).sum(axis=1)
+        yield (np.abs(total - 1) <= SLACK).all(), f"{main}: the probabilities must sum to 1"
 
 
 def _is_shape(key: str, array: NDArray[Any], shape: tuple[int, ...]) -> tuple[bool, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from anomalyd.detect.bundle import find_bundles
+from anomalyd.detect.bundle import find_bundles, read_bundle
 from anomalyd.detect.detector import Detector, Verdict
 from anomalyd.detect.runtime import Raw
 from anomalyd.errors import BundleError, UsageError
@@ -21,6 +22,13 @@ from anomalyd.serve.problems import Problem
 from anomalyd.serve.settings import ServeSettings
 
 __all__ = ["Job", "Model", "Models", "Scored", "load_models"]
+
+logger = logging.getLogger(__name__)
+
+REMEDY = (
+    "name a bundle, or a folder of bundles, "
+    "or make one with: anomalyd train DATA --model NAME --out PATH"
+)
 
 
 class Job(NamedTuple):
@@ -137,24 +145,32 @@ class Models:
 
 
 def load_models(settings: ServeSettings, metrics: Metrics) -> Models:
-    """Every bundle that the settings name, one after the other.
+    """Every density that the settings name, one after the other.
 
     Raises:
-        BundleError: nothing there, or a bundle that is broken.
+        BundleError: nothing there, a bundle that is broken, or one that is named and no density.
         UsageError: two bundles of one name, or an unknown default.
     """
-    paths = [path for given in settings.bundles for path in _bundles(Path(given))]
     models: dict[str, Model] = {}
     origins: dict[str, Path] = {}
-    for path in dict.fromkeys(path.resolve() for path in paths):
+    others = []
+    for path, named in _bundles(settings.bundles).items():
         started = time.perf_counter()
-        detector = Detector.load(path, device=settings.device, threads=settings.threads)
+        bundle = read_bundle(path)
+        if bundle.manifest.kind != "density" and not named:
+            others.append(f"{path} ({bundle.manifest.kind})")
+            continue
+        detector = Detector.start(bundle, device=settings.device, threads=settings.threads)
         name = detector.manifest.name
         if name in models:
             raise UsageError(f"two bundles are called {name}: {origins[name]} and {path}")
         models[name] = make_model(detector, settings, metrics)
         origins[name] = path
         models[name].metrics.load_seconds.set(time.perf_counter() - started)
+    if others:
+        logger.warning("not served, for they have no density: %s", ", ".join(others))
+    if not models:
+        raise BundleError(f"{', '.join(settings.bundles)}: no density there; {REMEDY}")
     return Models(list(models.values()), default=settings.default_model, metrics=metrics)
 
 
@@ -204,11 +220,14 @@ def _blank(detector: Detector) -> NDArray[np.uint8]:
     return np.zeros((spec.height, spec.width, spec.channels), np.uint8)
 
 
-def _bundles(path: Path) -> list[Path]:
-    found = find_bundles(path)
-    if not found:
-        raise BundleError(
-            f"{path}: no bundle there; name a bundle, or a folder of bundles, "
-            "or make one with: anomalyd train DATA --model NAME --out PATH"
-        )
-    return found
+def _bundles(given: Sequence[str]) -> dict[Path, bool]:
+    """The bundles there are, and of each whether it was named itself."""
+    named: dict[Path, bool] = {}
+    for text in given:
+        found = find_bundles(text)
+        if not found:
+            raise BundleError(f"{text}: no bundle there; {REMEDY}")
+        for path in found:
+            place = path.resolve()
+            named[place] = named.get(place, False) or path == Path(text)
+    return named

@@ -90,6 +90,24 @@ def test_to_dict_leaves_out_what_is_absent(detector):
     assert dataclasses.replace(verdict, q_value=0.5).to_dict()["q_value"] == 0.5
 
 
+def test_a_rejected_image_has_the_label_null(detector):
+    """Where classes were looked at, the label is there, null if none fits."""
+    verdict = detector.score(tiny.draw(1)[0])
+    rejected = dataclasses.replace(verdict, posterior={"a": 1.0}, rejected=True, reason="novel")
+    assert list(rejected.to_dict())[7:] == ["label", "posterior", "rejected", "reason"]
+    assert rejected.to_dict()["label"] is None
+    given = dataclasses.replace(rejected, label="a", rejected=False, reason=None)
+    assert list(given.to_dict())[7:] == ["label", "posterior", "rejected"]
+
+
+@pytest.mark.parametrize("make", [tiny.tiny_classifier, tiny.tiny_autoencoder])
+def test_what_has_no_density_cannot_score(tmp_path, make):
+    """One line says why and what the bundle is good for."""
+    with pytest.raises(BundleError, match=r"no density to score by; .*`anomalyd embed`") as caught:
+        Detector.load(make(tmp_path), device="cpu")
+    tiny.check_line(caught.value)
+
+
 def test_bright_images_are_outliers(detector):
     """What the density finds improbable is flagged at the smallest p-value."""
     verdict = detector.score(np.full((4, 4), 255, np.uint8))
@@ -180,7 +198,7 @@ def test_statistics_are_held_to_the_golden_ones(tmp_path):
     golden = tiny.tiny_golden()
     off = Golden(golden.images, golden.log_likelihood, golden.statistics * np.float32(1.01))
     path = tiny.tiny_bundle(tmp_path, files={"golden.npz": pack_golden(off)})
-    with pytest.raises(BundleError, match="golden statistics are off"):
+    with pytest.raises(BundleError, match="golden statistics: the graph is off by more"):
         Detector.load(path, device="cpu")
 
 
@@ -262,6 +280,35 @@ def test_maps_come_on_demand():
     assert session.run(images).nll_map is None
     raw = session.run(images, nll_map=True)
     np.testing.assert_allclose(raw.nll_map.sum(axis=(1, 2)), -raw.log_likelihood[:, 0], rtol=1e-5)
+
+
+def test_features_come_on_demand():
+    """(N, E), fetched only where asked for; a graph that has none says so."""
+    session = Session(tiny.tiny_encoder("classifier").SerializeToString(), device="cpu")
+    images = tiny.draw(40)
+    assert session.run(images).embedding is None
+    raw = session.run(images, embedding=True)
+    np.testing.assert_allclose(raw.embedding, tiny.embedding(images), rtol=1e-5)
+    chosen = raw[np.array([3, 1])]
+    assert np.array_equal(chosen.log_posterior, raw.log_posterior[[3, 1]])
+    assert np.array_equal(Raw.concat([raw, chosen]).embedding[40:], chosen.embedding)
+    without = Session(tiny.tiny_model().SerializeToString(), device="cpu")
+    with pytest.raises(BundleError, match=r"no encoder \(embedding\)"):
+        without.run(images, embedding=True)
+
+
+def test_progress_is_told_batch_by_batch():
+    """The numbers add up to the images, and what the caller raises ends the run."""
+    session = Session(tiny.tiny_model().SerializeToString(), device="cpu", batch=8)
+    done = []
+    session.run(tiny.draw(21), progress=done.append)
+    assert done == [8, 8, 4, 1]
+
+    def stop(_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        session.run(tiny.draw(21), progress=stop)
 
 
 def test_what_onnxruntime_refuses_is_a_bundle_error():

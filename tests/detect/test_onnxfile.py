@@ -106,7 +106,7 @@ class TestContract:
     def test_the_outputs_are_the_listed_ones(self):
         """No output is hidden and none is missing."""
         outputs = tiny.tiny_manifest().outputs
-        with pytest.raises(BundleError, match=r"outputs are .* where the manifest lists"):
+        with pytest.raises(BundleError, match=r"outputs must be \['emb.*, not \['log_"):
             check(tiny.tiny_model(), outputs={**outputs, "embedding": {"unit": "none"}})
 
     def test_the_batch_is_left_open(self):

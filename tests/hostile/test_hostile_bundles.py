@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
@@ -17,9 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from anomalyd.detect.bundle import pack_calibration, read_bundle
+from anomalyd.detect.bundle import pack_calibration, pack_golden, read_bundle
 from anomalyd.detect.manifest import dump_manifest, parse_manifest
-from anomalyd.detect.onnxfile import MAX_FIELDS, scan_model
+from anomalyd.detect.onnxfile import MAX_FIELDS, check_graph, scan_model
 from anomalyd.detect.tables import unpack_calibration
 from anomalyd.errors import BundleError
 
@@ -264,6 +265,114 @@ class TestManifest:
                 parse_manifest(json.dumps(without).encode())
 
 
+OTHER_KINDS = {"classifier": tiny.tiny_classifier, "autoencoder": tiny.tiny_autoencoder}
+
+
+class TestKinds:
+    """What has no density claims none, and what has one does not hide it."""
+
+    @pytest.mark.parametrize("kind", OTHER_KINDS)
+    @pytest.mark.parametrize(
+        ("changes", "says"),
+        [
+            ({"likelihood": "exact"}, "likelihood must be none where kind is "),
+            ({"score_name": "typicality"}, "score_name must be none where kind is "),
+            ({"calibration_n": 199}, "calibration_n must be 0 where kind is "),
+            ({"bits_per_dim": {"test": 2.9}}, "bits_per_dim.test must be null where kind is "),
+            (
+                {"guarantee": {"kind": "conditional", "confidence": 0.9}},
+                "guarantee.kind must be marginal where kind is ",
+            ),
+            ({"outputs": {"statistics": {"unit": "x"}}}, "outputs must be at least "),
+        ],
+    )
+    def test_no_density_is_claimed(self, tmp_path, kind, changes, says):
+        """Every key that would promise something is refused by name."""
+        path = OTHER_KINDS[kind](tmp_path)
+        tiny.rewrite_manifest(path, **changes)
+        refused(path, says)
+
+    @pytest.mark.parametrize("kind", OTHER_KINDS)
+    @pytest.mark.parametrize("name", ["log_likelihood", "nll_map"])
+    def test_no_density_is_put_out(self, tmp_path, kind, name):
+        """An output that only a density has."""
+        path = OTHER_KINDS[kind](tmp_path)
+        outputs = json.loads((path / "manifest.json").read_text())["outputs"]
+        tiny.rewrite_manifest(path, outputs=outputs | {name: {"unit": "nats"}})
+        refused(path, f"outputs must be without ['{name}'] where kind is {kind}")
+
+    @pytest.mark.parametrize(
+        ("changes", "says"),
+        [
+            ({"likelihood": "none"}, "likelihood must be exact, elbo or iwae-K, not 'none'"),
+            ({"score_name": "none"}, "and not none, not 'none'"),
+            ({"calibration_n": 0}, "calibration_n must be at least 1"),
+            ({"kind": "classifier"}, "at least log_posterior, statistics and embedding"),
+            ({"kind": "autoencoder"}, "at least embedding and statistics"),
+        ],
+    )
+    def test_a_density_is_not_hidden(self, path, changes, says):
+        """A density has a likelihood, a score and a calibration, and is called one."""
+        tiny.rewrite_manifest(path, **changes)
+        refused(path, says)
+
+    def test_classes_are_a_classifiers(self, tmp_path):
+        """Needed there, refused in an autoencoder, and as many as the graph has columns."""
+        path = tiny.tiny_classifier(tmp_path)
+        tiny.rewrite_manifest(path, classes=None)
+        refused(path, "classes must be the names of the classes where kind is classifier")
+        tiny.rewrite_manifest(path, classes=["a", "b", "c"])
+        refused(path, "log_posterior must have the shape (4, 3), not (4, 2)")
+        path = tiny.tiny_autoencoder(tmp_path)
+        tiny.rewrite_manifest(path, classes=["a", "b"])
+        refused(path, "classes must be null where kind is autoencoder")
+
+    @pytest.mark.parametrize("name", ["fit_nll", "fit_statistics", "scores", "p_table"])
+    def test_a_table_without_a_density_holds_hashes_alone(self, tmp_path, name):
+        """p-values of nothing are refused."""
+        path = tiny.tiny_autoencoder(tmp_path)
+        table = read_bundle(path).calibration
+        full = dataclasses.replace(table, **{name: GOOD[name]})
+        tiny.put(path, "calibration.npz", pack_calibration(full))
+        refused(path, f"calibration.npz: {name} must be empty where kind is autoencoder")
+
+    @pytest.mark.parametrize(
+        ("posterior", "says"),
+        [
+            (np.zeros((4, 2)), "the probabilities must sum to 1"),
+            (np.full((4, 2), -1e30), "the probabilities must sum to 1"),
+            (np.full((4, 2), 1e30), "log_posterior must be at most 0"),
+            (np.full((4, 2), np.nan), "log_posterior must be finite"),
+            (np.full((4, 1), 0.0), "log_posterior must have the shape (4, 2)"),
+        ],
+    )
+    def test_golden_posteriors_are_probabilities(self, tmp_path, posterior, says):
+        """Logits, and whatever else sums to something else, are refused."""
+        path = tiny.tiny_classifier(tmp_path)
+        golden = tiny.other_golden("classifier")
+        bad = dataclasses.replace(golden, log_posterior=posterior.astype(np.float32))
+        tiny.put(path, "golden.npz", pack_golden(bad))
+        refused(path, "golden.npz: ", says)
+
+    def test_golden_numbers_of_another_kind(self, tmp_path):
+        """A table with the main output of a density, or of both kinds."""
+        path = tiny.tiny_autoencoder(tmp_path)
+        tiny.put(path, "golden.npz", pack_golden(tiny.tiny_golden()))
+        refused(path, "golden.npz: not a plain .npz file: it must hold ['embedding.npy', ")
+        both = dataclasses.replace(
+            tiny.other_golden("autoencoder"), log_likelihood=np.zeros((4, 1))
+        )
+        tiny.put(path, "golden.npz", pack_golden(both))
+        refused(path, "golden.npz: not a plain .npz file: it must hold 3 arrays, not 4")
+
+    @pytest.mark.parametrize("name", ["explain.onnx", "sampler.onnx"])
+    def test_nothing_is_drawn_without_a_density(self, tmp_path, name):
+        """A sampler and a map of surprise belong to a density."""
+        path = tiny.tiny_autoencoder(tmp_path)
+        tiny.put(path, name, tiny.tiny_sampler().SerializeToString())
+        refused(path, f"{name}: belongs to a density, and kind is autoencoder; leave it out")
+
+
 def external(name: str = "w") -> TensorProto:
     """A tensor whose bytes are another file's."""
     tensor = numpy_helper.from_array(np.zeros(4, np.float32), name)
@@ -426,6 +535,84 @@ class TestGraph:
         tiny.put(path, "model.onnx", with_nodes(node).SerializeToString())
         refused(path, "RandomNormal draws at random")
 
+    @pytest.mark.parametrize("name", ["explain.onnx", "sampler.onnx"])
+    def test_random_operator_in_another_graph(self, path, name):
+        """A draw that no seed controls is nowhere."""
+        model = explain() if name == "explain.onnx" else tiny.tiny_sampler()
+        model.graph.node.append(helper.make_node("RandomNormal", [], ["x"], shape=[1]))
+        tiny.put(path, name, model.SerializeToString())
+        refused(path, f"{name}: operator RandomNormal draws at random")
+
+    def test_a_good_explanation_and_sampler_are_read(self, path):
+        """The graphs that the others are made from; step.onnx is whatever its runner takes."""
+        tiny.put(path, "explain.onnx", explain().SerializeToString())
+        tiny.put(path, "sampler.onnx", tiny.tiny_sampler().SerializeToString())
+        tiny.put(path, "step.onnx", tiny.tiny_encoder("classifier").SerializeToString())
+        assert read_bundle(path).read("sampler.onnx")
+
+    @pytest.mark.parametrize(
+        ("change", "says"),
+        [
+            (lambda g: g.output.pop(), "outputs must be ['log_probs', 'order']"),
+            (lambda g: g.output.append(value("more", [1])), "not ['log_probs', 'more', 'order']"),
+            (lambda g: g.input.append(value("seed", ["N"])), "inputs must be ['image'] and"),
+            (lambda g: g.input.pop(), "not []"),
+            (
+                lambda g: g.input.append(value("label", ["N"], TensorProto.INT64)),
+                "inputs must be ['image'] and at most ['latent'] more, not ['image', 'label']",
+            ),
+            (
+                lambda g: g.input.append(value("latent", ["N"])),
+                "latent must be float32 with shape (N, any)",
+            ),
+            (
+                lambda g: g.input.append(value("latent", ["N", "Z"])),
+                "latent must have a fixed size Z, not the shape ('N', 'Z')",
+            ),
+            (
+                lambda g: g.output[0].type.tensor_type.shape.dim.pop(),
+                "log_probs must be float32 with shape (N, 4, 4, 1, 256)",
+            ),
+            (
+                lambda g: retyped(g.output[1], TensorProto.INT32),
+                "order must be int64 with shape (4, 4, 1), not int32",
+            ),
+            (lambda g: sized(g.input[0], 8), "image must be uint8 with shape (N, 4, 4, 1)"),
+        ],
+    )
+    def test_a_sampler_of_another_form(self, path, change, says):
+        """Inputs and outputs are those that whoever draws relies on."""
+        model = tiny.tiny_sampler()
+        change(model.graph)
+        tiny.put(path, "sampler.onnx", model.SerializeToString())
+        refused(path, "sampler.onnx: ", says)
+
+    def test_a_sampler_asks_for_a_label_where_there_are_classes(self):
+        """And only there."""
+        model = tiny.tiny_sampler()
+        manifest = tiny.tiny_manifest(classes=["a", "b"])
+        with pytest.raises(BundleError, match=r"inputs must be \['image', 'label'\]"):
+            check_graph(scan_model(model.SerializeToString()), manifest, "sampler.onnx")
+        model.graph.input.append(value("label", ["N"], TensorProto.INT64))
+        model.graph.input.append(value("latent", ["N", 3]))
+        check_graph(scan_model(model.SerializeToString()), manifest, "sampler.onnx")
+
+    @pytest.mark.parametrize(
+        ("change", "says"),
+        [
+            (lambda g: g.output.pop(), "has no outputs"),
+            (lambda g: g.output.append(value("score", ["N"])), "at most ['embedding', 'nll_map']"),
+            (lambda g: g.input.append(value("mask", ["N"])), "must have the one input 'image'"),
+            (lambda g: sized(g.output[0], 2), "nll_map must be float32 with shape (N, 4, 4)"),
+        ],
+    )
+    def test_an_explanation_of_another_form(self, path, change, says):
+        """One image in, a map or features out."""
+        model = explain()
+        change(model.graph)
+        tiny.put(path, "explain.onnx", model.SerializeToString())
+        refused(path, "explain.onnx: ", says)
+
     def test_truncated_graph(self, path):
         """Cut short, with a manifest that agrees."""
         data = tiny.tiny_files()["model.onnx"]
@@ -459,6 +646,25 @@ class TestGraph:
         """A file made of tiny fields is given up early."""
         with pytest.raises(BundleError, match="too fragmented"):
             scan_model(b"\x08\x07" * (MAX_FIELDS + 1))
+
+
+def explain() -> onnx.ModelProto:
+    """The tiny graph with its map alone."""
+    model = tiny.tiny_model()
+    del model.graph.output[:2]
+    return model
+
+
+def value(name: str, shape: list[int | str], dtype: int = TensorProto.FLOAT):
+    return helper.make_tensor_value_info(name, dtype, shape)
+
+
+def retyped(tensor: onnx.ValueInfoProto, dtype: int) -> None:
+    tensor.type.tensor_type.elem_type = dtype
+
+
+def sized(tensor: onnx.ValueInfoProto, batch: int) -> None:
+    tensor.type.tensor_type.shape.dim[0].dim_value = batch
 
 
 def varint(value: int) -> bytes:
@@ -569,7 +775,8 @@ class TestTables:
     def test_bad_golden(self, path, changes, says):
         """Golden scores fit the golden images."""
         buffer = io.BytesIO()
-        np.savez(buffer, **{**vars(tiny.tiny_golden()), **changes})
+        arrays = {**vars(tiny.tiny_golden()), **changes}
+        np.savez(buffer, **{key: array for key, array in arrays.items() if array is not None})
         tiny.put(path, "golden.npz", buffer.getvalue())
         refused(path, "golden.npz: ", says)
 

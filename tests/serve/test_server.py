@@ -14,7 +14,7 @@ import threading
 import time
 
 import pytest
-from tiny import tiny_bundle
+from tiny import tiny_autoencoder, tiny_bundle, tiny_classifier
 
 from anomalyd.errors import AnomalydError, BundleError, UsageError
 from anomalyd.serve import server
@@ -201,6 +201,34 @@ def test_a_host_that_does_not_exist_is_one_line():
 def test_no_bundle_is_one_line(tmp_path):
     """A folder without bundles says how to make one."""
     with pytest.raises(BundleError, match="anomalyd train"):
+        load_models(ServeSettings(bundles=(str(tmp_path),)), Metrics())
+
+
+def test_what_has_no_density_is_passed_over_in_a_folder(tmp_path, caplog):
+    """One line of the log names what is not served, and why; the densities are."""
+    places = [tiny_bundle(tmp_path), tiny_classifier(tmp_path), tiny_autoencoder(tmp_path)]
+    models = load_models(ServeSettings(bundles=(str(tmp_path),), threads=1), Metrics())
+    assert models.names == "tiny"
+    models.close()
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        f"not served, for they have no density: {places[2]} (autoencoder), "
+        f"{places[1]} (classifier)"
+    )
+
+
+def test_what_has_no_density_cannot_be_asked_for(tmp_path):
+    """A bundle that is named itself is an error, be it in a folder that is named as well."""
+    places = [tiny_bundle(tmp_path), tiny_classifier(tmp_path)]
+    for bundles in (places, [tmp_path, places[1]]):
+        with pytest.raises(BundleError, match="classifier, which has no density to score by"):
+            load_models(ServeSettings(bundles=tuple(map(str, bundles)), threads=1), Metrics())
+
+
+def test_a_folder_without_any_density_is_one_line(tmp_path):
+    """A daemon that could answer nothing does not start."""
+    tiny_classifier(tmp_path)
+    with pytest.raises(BundleError, match=r"no density there; .*anomalyd train"):
         load_models(ServeSettings(bundles=(str(tmp_path),)), Metrics())
 
 
