@@ -16,6 +16,7 @@ __all__ = [
     "Model",
     "PixelLikelihood",
     "Scores",
+    "Step",
     "largest_patch",
     "total",
 ]
@@ -163,6 +164,13 @@ class Density(Model):
         """
         raise NotImplementedError
 
+    def one_by_one(self) -> tuple[Step, Step] | None:
+        """Return the modules of the cached sampler, a row's and a pixel's; None without one.
+
+        See `stepwise` for what they take and give.
+        """
+        return None
+
     @property
     def order(self) -> Tensor:
         """The step at which each value can be drawn: int64 (H, W, C), from 0 without gaps.
@@ -171,6 +179,12 @@ class Density(Model):
         row from left to right, in a pixel red, green, blue.
         """
         return torch.arange(self.shape.dims).reshape(self.shape[:3])
+
+
+class Step(nn.Module):
+    """A part of a cached sampler, with a state of float32 (N, `state_size`), zero at first."""
+
+    state_size: int
 
 
 class PixelLikelihood(nn.Module):

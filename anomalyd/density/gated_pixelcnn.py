@@ -18,9 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from anomalyd.density.base import Autoregressive, ImageShape
+from anomalyd.density.base import Autoregressive, ImageShape, Step
 from anomalyd.density.layers import ClassBias, CroppedConv, gate, per_class, position
 from anomalyd.density.likelihoods import likelihood
+from anomalyd.density.stepwise import PixelStep, RowStep
 
 __all__ = ["GatedPixelCNN"]
 
@@ -107,3 +108,7 @@ class GatedPixelCNN(Autoregressive):
         for layer in self.layers:
             v, h = layer(v, h, labels)
         return h
+
+    def one_by_one(self) -> tuple[Step, Step]:
+        """Return the row's and the pixel's module of the cached sampler."""
+        return RowStep(self), PixelStep(self)

@@ -136,12 +136,11 @@ class Hierarchical(_Channels):
     def table(self, seen: Tensor, channel: int) -> Tensor:
         log_band = F.log_softmax(self.band[channel](F.elu(seen)).float(), dim=1)
         vectors = cast("nn.Embedding", self.of_band[channel]).weight
-        columns = []
-        for band in range(self.bands):
-            given = F.elu(seen + vectors[band].reshape(1, -1, 1, 1))
-            logits = self.inside[channel](given).float() + self.absent[band].reshape(1, -1, 1, 1)
-            columns.append(F.log_softmax(logits, dim=1) + log_band[:, band : band + 1])
-        return torch.cat(columns, dim=1)[:, : self.shape.levels]
+        given = F.elu(seen.unsqueeze(1) + vectors[None, :, :, None, None])
+        logits = self.inside[channel](given.flatten(0, 1)).float()
+        logits = logits.unflatten(0, (-1, self.bands)) + self.absent[None, :, :, None, None]
+        table = F.log_softmax(logits, dim=2) + log_band.unsqueeze(2)
+        return table.flatten(1, 2)[:, : self.shape.levels]
 
 
 def _chosen(logits: Tensor, index: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from anomalyd.detect.bundle import Manifest
     from anomalyd.train.report import Strange
 
-__all__ = ["Training", "write_card"]
+__all__ = ["Training", "write_card", "write_plain_card"]
 
 
 @dataclass(frozen=True)
@@ -23,26 +23,32 @@ class Training:
     Attributes:
         model: name of the density.
         data: the DATA argument.
+        labels: whether the classes were given.
         out: the bundle's folder, as it was named.
         counts: images by split.
         minutes: time spent in the loop.
         machine: what it ran on.
         images_per_second: training speed, on average.
-        validation: best validation loss, bits per dimension.
-        parity: largest difference between torch and onnxruntime, bits per dimension.
+        validation: best validation loss.
+        unit: what losses and parity are counted in.
+        parity: largest difference between torch and onnxruntime.
         test: images in the test split, 0 where there is none.
+        accuracy: of a classifier on the test split.
     """
 
     model: str
     data: str
+    labels: bool
     out: str
     counts: dict[str, int]
     minutes: float
     machine: str
     images_per_second: float
     validation: float
+    unit: str
     parity: float
     test: int
+    accuracy: float | None = None
 
 
 def write_card(
@@ -73,14 +79,14 @@ def write_card(
         if test is not None
         else f"{training.validation:.4f} bits/dim{bound} on the validation split; no test split"
     )
-    counts = ", ".join(f"{name} {count:,}" for name, count in training.counts.items())
+    per_class = f" for each of {len(manifest.classes)} classes" if manifest.classes else ""
     strange = "\n".join(
         f"| {place} | `{item.name}` | {item.p_value:.4f} | {item.bits_per_dim:.3f} |"
         for place, item in enumerate(strangest, start=1)
     )
     return f"""# {manifest.name}
 
-A `{training.model}` density of {spec.height}x{spec.width} images with {spec.channels} \
+A `{training.model}` density{per_class} of {spec.height}x{spec.width} images with {spec.channels} \
 channel(s), {manifest.parameters:,} parameters: {measured}.
 
 ## What its verdict means
@@ -110,7 +116,36 @@ small p-values are expected: they are the {len(strangest)} smallest.
 |---|---|---|---|
 {strange}
 
-## How it was made
+{_history(manifest, training)}"""
+
+
+def write_plain_card(manifest: Manifest, training: Training) -> str:
+    """Return the card of a classifier or an autoencoder, which have no density to promise with."""
+    spec, what = manifest.image, f"{manifest.kind} of"
+    if manifest.classes:
+        names = ", ".join(manifest.classes)
+        what = f"classifier into {len(manifest.classes)} classes ({names}) of"
+    measured = (
+        f"accuracy {training.accuracy:.4f} on the {training.test:,} images of the test split"
+        if training.accuracy is not None
+        else f"{training.validation:.4f} {training.unit} on the validation split"
+    )
+    return f"""# {manifest.name}
+
+A `{training.model}`, a {what} {spec.height}x{spec.width} images with {spec.channels} \
+channel(s), {manifest.parameters:,} parameters: {measured}.
+
+It has no density: it neither scores how usual an image is nor draws one, and gives some answer \
+to every image, however strange. `anomalyd embed` writes its features; `anomalyd train --init` \
+starts another model from them.
+
+{_history(manifest, training)}"""
+
+
+def _history(manifest: Manifest, training: Training) -> str:
+    counts = ", ".join(f"{name} {count:,}" for name, count in training.counts.items())
+    labels = " --labels" if training.labels else ""
+    return f"""## How it was made
 
 | | |
 |---|---|
@@ -118,12 +153,12 @@ small p-values are expected: they are the {len(strangest)} smallest.
 | licence | {manifest.licence} |
 | training | {training.minutes:.1f} minutes, {training.images_per_second:,.0f} images/s, \
 {training.machine} |
-| validation | {training.validation:.4f} bits/dim |
-| torch against onnxruntime | {training.parity:.1e} bits/dim at most |
+| validation | {training.validation:.4f} {training.unit} |
+| torch against onnxruntime | {training.parity:.1e} {training.unit} at most |
 
 `recipe.toml` holds every setting. One command trains it again:
 
-    anomalyd train {training.data} --recipe {training.out}/recipe.toml --out again
+    anomalyd train {training.data}{labels} --recipe {training.out}/recipe.toml --out again
 """
 
 

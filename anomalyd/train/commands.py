@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
-import platform
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,33 +11,36 @@ import numpy as np
 import torch
 
 from anomalyd.detect import bundle as bundles
-from anomalyd.detect import conformal
-from anomalyd.detect.pipeline import collect
-from anomalyd.detect.runtime import CPU, CUDA, Raw, Session, available_cpus
-from anomalyd.detect.statistics import typicality
-from anomalyd.errors import ExportError, ImageError, SourceError, UsageError
+from anomalyd.detect.golden import check_golden
+from anomalyd.detect.runtime import Session, available_cpus
+from anomalyd.errors import (
+    BundleError,
+    ExportError,
+    ImageError,
+    SourceError,
+    TrainingError,
+    UsageError,
+)
 from anomalyd.images import ImageSpec, decode
 from anomalyd.sources import open_source
-from anomalyd.train import card, loop, report
+from anomalyd.train import loop
+from anomalyd.train.bundling import SPLITS, Trained, graphs, write
 from anomalyd.train.data import TrainingData, excluded, gather, reopen
-from anomalyd.train.export import OPSET, TOLERANCE, check_parity, to_onnx
+from anomalyd.train.export import check_parity
 from anomalyd.train.models import build
 from anomalyd.train.progress import counting, say, training
 from anomalyd.train.recipe import Recipe, default_recipe, parse_recipe, read_recipe
-from anomalyd.train.splits import Splits, near_duplicates, split
-from anomalyd.train.weights import load_weights, pack_weights
+from anomalyd.train.splits import near_duplicates, split
+from anomalyd.train.weights import load_weights, start_from, unpack_weights
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from anomalyd.density.base import Density
+    from anomalyd.density.base import Model
     from anomalyd.sources import Source
 
 __all__ = ["export", "train"]
 
-SPLITS = ("train", "validation", "fit", "calibration")
-PARITY_IMAGES = 64
-STRANGEST = 20
 EASY_SIDE = 64
 """Without --image-size larger images are refused: they would train for days by accident."""
 
@@ -65,7 +65,7 @@ def train(
     on_mismatch: str | None = None,
     licence: str | None = None,
 ) -> int:
-    """Train a density on normal images and write a calibrated bundle.
+    """Train a model on normal images and write a bundle, calibrated where it is a density.
 
     Arguments as in `anomalyd train --help`.
 
@@ -76,8 +76,6 @@ def train(
         AnomalydError: with one line on what is wrong.
         KeyboardInterrupt: Ctrl-C, after a checkpoint was written.
     """
-    if labels:
-        raise UsageError("--labels: no density here is class-conditional; train without it")
     if minutes is not None and epochs is not None:
         raise UsageError("--minutes and --epochs contradict each other; give one of them")
     if out.exists():
@@ -92,11 +90,12 @@ def train(
         "channels": channels,
         "on_mismatch": on_mismatch,
     }
-    source = open_source(data, split="train", group=group)
+    source = open_source(data, split="train", labels=labels, group=group)
     spec = _image_spec(source, chosen.image | {k: v for k, v in asked.items() if v is not None})
     chosen = dataclasses.replace(chosen, image=dataclasses.asdict(spec))
-    build(chosen.model, spec, chosen.density)  # a wrong option is told before images are read
-    job = _Job(data, chosen.to_toml(), minutes, str(init) if init else None, licence)
+    # A wrong option is told before images are read; two classes stand for those to be found.
+    build(chosen.model, spec, chosen.density, 2 if labels else 0)
+    job = _Job(data, chosen.to_toml(), labels, minutes, str(init) if init else None, licence)
     _claim(folder)
     with counting("decoding", len(source)) as advance:
         gather(source, spec, folder, exclude=excluded(exclude), advance=advance)
@@ -110,6 +109,7 @@ class _Job:
 
     data: str
     recipe: str
+    labels: bool = False
     minutes: float | None = None
     init: str | None = None
     licence: str | None = None
@@ -158,9 +158,8 @@ def _chosen(
     """Find the recipe: a file, else that of the bundle to start from, else the model's own."""
     if path is not None:
         recipe = read_recipe(path)
-    elif init is not None:
-        text = bundles.read_bundle(init).read("recipe.toml").decode()
-        recipe = parse_recipe(text, f"{init}/recipe.toml")
+    elif init is not None and model in (None, (theirs := _recipe_of(init)).model):
+        recipe = theirs
     elif model is not None:
         recipe = default_recipe(model)
     else:
@@ -225,24 +224,27 @@ def _run(job: _Job, out: Path, folder: Path, *, device: str, resume: bool) -> in
         )
     torch.set_num_threads(available_cpus())
     torch.manual_seed(recipe.train.seed)
-    density = build(recipe.model, spec, recipe.density)
-    parameters = sum(parameter.numel() for parameter in density.parameters())
+    classes, labels = _classes(images) if job.labels else ([], None)
+    model = build(recipe.model, spec, recipe.density, len(classes))
+    parameters = sum(parameter.numel() for parameter in model.parameters())
     say(
         f"{recipe.model}: {parameters:,} parameters, "
         f"{spec.height}x{spec.width}x{spec.channels} images"
+        + (f", {len(classes)} classes" if classes else "")
     )
     if job.init and not resume:
-        load_weights(density, bundles.read_bundle(job.init).read("weights.safetensors"), job.init)
+        _start_from(model, recipe, Path(job.init))
     # A run that was stopped before its first checkpoint starts again, from the same seed.
     resume = resume and (folder / "checkpoint.safetensors").exists()
     try:
-        with training() as progress:
+        with training(model.unit) as progress:
             outcome = loop.fit(
-                density,
+                model,
                 images.pixels,
                 splits,
                 recipe.train,
                 folder,
+                labels=labels,
                 device=loop.pick_device(device),
                 minutes=job.minutes,
                 resume=resume,
@@ -253,192 +255,45 @@ def _run(job: _Job, out: Path, folder: Path, *, device: str, resume: bool) -> in
         raise
     epochs = round(outcome.budget / outcome.steps_per_epoch, 3)
     recipe = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, epochs=epochs))
-    _bundle(job, recipe, spec, images, splits, density, outcome, out, folder)
+    trained = Trained(model, recipe, spec, images, splits, classes, labels, outcome)
+    write(trained, data=job.data, licence=job.licence, out=out, folder=folder)
     for unreadable in images.unreadable:
         say(f"not used: {unreadable}")
     return 3 if images.unreadable else 0
 
 
-def _bundle(
-    job: _Job,
-    recipe: Recipe,
-    spec: ImageSpec,
-    images: TrainingData,
-    splits: Splits,
-    density: Density,
-    outcome: loop.Outcome,
-    out: Path,
-    folder: Path,
-) -> None:
-    """Export, calibrate on the exported graph, describe and write."""
-    graph = to_onnx(density)
-    parity = check_parity(density, graph, images.pixels[splits.validation[:PARITY_IMAGES]])
-    session = Session(graph, device="cpu")
-    fit = _scored(session, images.pixels, splits.fit, "fit split")
-    held_out = _scored(session, images.pixels, splits.calibration, "calibration split")
-    fit_nll = np.sort(-fit.log_likelihood[:, 0])
-    scores = typicality(-held_out.log_likelihood[:, 0], fit_nll)
-    n = len(scores)
-    calibration = bundles.Calibration(
-        fit_nll=fit_nll,
-        fit_statistics=fit.statistics,
-        scores=np.sort(scores),
-        p_table=conformal.p_table(n),
-        training_hashes=np.unique(np.delete(images.hashes, splits.calibration)),
-        calibration_hashes=np.unique(images.hashes[splits.calibration]),
-    )
-    test_bits, test_count = _test_split(session, job.data, spec, density)
-    manifest = _manifest(
-        out.name,
-        density,
-        spec,
-        calibration_n=n,
-        test_bits=test_bits,
-        digest=images.digest,
-        licence=job.licence,
-    )
-    strangest, sheet = _strangest(images, splits.calibration, scores, held_out, density.shape.dims)
-    about = card.Training(
-        model=recipe.model,
-        data=job.data,
-        out=str(out),
-        counts={split: len(getattr(splits, split)) for split in SPLITS},
-        minutes=outcome.seconds / 60,
-        machine=f"{available_cpus()} CPU cores ({platform.machine()})",
-        images_per_second=outcome.images / max(outcome.seconds, 1e-9),
-        validation=outcome.validation,
-        parity=parity.bits_per_dim,
-        test=test_count,
-    )
-    alpha = manifest.default_alpha
-    # The verdict is p <= alpha: the threshold is the smallest score with such a p-value.
-    rank = int(np.searchsorted(calibration.p_table, alpha, side="right"))
-    threshold = float(calibration.scores[n - rank]) if rank else float(calibration.scores[-1])
-    text = card.write_card(manifest, about, calibration.scores, threshold, strangest)
-    bundles.write_bundle(
-        out,
-        manifest,
-        {
-            "model.onnx": graph,
-            "calibration.npz": bundles.pack_calibration(calibration),
-            "golden.npz": bundles.pack_golden(_golden(session, spec)),
-            "CARD.md": text.encode(),
-            "recipe.toml": recipe.to_toml().encode(),
-            "weights.safetensors": pack_weights(density),
-        },
-    )
-    table, picture = report.write_strangest(folder, strangest, sheet)
-    (folder / "pixels.npy").unlink()  # the images themselves are the user's; this copy is ours
-    (folder / "checkpoint.safetensors").unlink()
-    (folder / "job.json").unlink()
-    shown = "no test split" if test_bits is None else f"{test_bits:.4f} bits/dim on the test split"
-    say(f"{out}: {shown}; alpha {alpha:g} from {n:,} calibration images")
-    if alpha > conformal.DEFAULT_ALPHA:
-        say(
-            f"{n} calibration images allow no smaller alpha than {alpha:g}; for "
-            f"{conformal.DEFAULT_ALPHA} calibrate with {conformal.images_needed(0.01)}"
+def _classes(images: TrainingData) -> tuple[list[str], NDArray[np.int64]]:
+    """Return the names of the classes in order, and the class of each image."""
+    missing = [name for name, label in zip(images.names, images.labels, strict=True) if not label]
+    if missing:
+        raise TrainingError(
+            f"--labels: {len(missing):,} images have no label, {missing[0]} the first; label them "
+            "or leave them out with --exclude"
         )
-    say(f"look at the {len(strangest)} strangest held-out normals: {picture}, {table}")
+    found = {str(label) for label in images.labels}
+    # Numbers in the order of numbers, then words.
+    names = sorted(found, key=lambda name: (name.isdigit() and int(name), name))
+    if len(names) < 2:
+        raise TrainingError(f"--labels: there is one class only, {names[0]!r}; train without it")
+    index = {name: place for place, name in enumerate(names)}
+    return names, np.array([index[str(label)] for label in images.labels], np.int64)
 
 
-def _scored(
-    session: Session, pixels: NDArray[np.uint8], rows: NDArray[np.int64], what: str
-) -> Raw:
-    """Score rows of the decoded images with the exported graph, reading a slab at a time."""
-    slab, parts = 8 * session.batch, []
-    with counting(f"scoring {what}", len(rows)) as advance:
-        for start in range(0, len(rows), slab):
-            parts.append(session.run(pixels[rows[start : start + slab]], progress=advance))
-    return Raw.concat(parts)
+def _recipe_of(bundle: Path) -> Recipe:
+    """Return the recipe that a bundle was trained by."""
+    text = bundles.read_bundle(bundle).read("recipe.toml").decode()
+    return parse_recipe(text, f"{bundle}/recipe.toml")
 
 
-def _test_split(
-    session: Session, data: str, spec: ImageSpec, density: Density
-) -> tuple[float | None, int]:
-    """Return the mean bits/dim and the size of DATA's test split, or None and 0 without one."""
-    root = data.removesuffix(":train")
-    try:
-        source = open_source(root, split="test")
-        training_data = open_source(data, split="train")
-    except SourceError:
-        return None, 0
-    if source.name == training_data.name and len(source) == len(training_data):
-        return None, 0  # a folder with one split is that split, whichever is asked for
-    with counting("scoring test split", len(source)) as advance:
-        scored = collect(session, spec, source, progress=advance)
-    if scored is None:
-        return None, 0
-    bits = -scored.raw.log_likelihood[:, 0].mean() / (density.shape.dims * math.log(2))
-    return float(bits), len(scored)
-
-
-def _manifest(
-    name: str,
-    density: Density,
-    spec: ImageSpec,
-    *,
-    calibration_n: int,
-    test_bits: float | None,
-    digest: str,
-    licence: str | None,
-) -> bundles.Manifest:
-    return bundles.Manifest(
-        format_version=bundles.FORMAT_VERSION,
-        name=name,
-        version="1",
-        kind="density",
-        created=datetime.now(UTC).replace(microsecond=0).isoformat(),
-        image=spec,
-        likelihood=density.likelihood,
-        score_name="typicality",
-        guarantee={"kind": "marginal", "confidence": None},
-        classes=None,
-        priors=None,
-        outputs={
-            "log_likelihood": {"unit": "nats"},
-            "statistics": {"unit": ", ".join(density.units)},
-            "nll_map": {"unit": "nats"},
-        },
-        statistics=list(density.statistics),
-        default_alpha=conformal.default_alpha(calibration_n),
-        opset=OPSET,
-        parameters=sum(parameter.numel() for parameter in density.parameters()),
-        bits_per_dim={"test": test_bits},
-        tolerance={CPU: TOLERANCE, CUDA: 10 * TOLERANCE},
-        calibration_n=calibration_n,
-        files={},
-        data_digest=digest,
-        licence=licence or "unspecified",
-    )
-
-
-def _golden(session: Session, spec: ImageSpec) -> bundles.Golden:
-    """Score four made-up images: black, white, a ramp and noise. No training image travels."""
-    shape = (spec.height, spec.width, spec.channels)
-    ramp = np.linspace(0, 255, spec.height * spec.width * spec.channels).astype(np.uint8)
-    noise = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
-    images = np.stack(
-        [np.zeros(shape, np.uint8), np.full(shape, 255, np.uint8), ramp.reshape(shape), noise]
-    )
-    raw = session.run(images)
-    return bundles.Golden(images, raw.log_likelihood, raw.statistics)
-
-
-def _strangest(
-    images: TrainingData, rows: NDArray[np.int64], scores: NDArray[np.float64], raw: Raw, dims: int
-) -> tuple[list[report.Strange], list[NDArray[np.uint8]]]:
-    """Return the strangest calibration images, each with its p-value among the others."""
-    order = np.argsort(-scores, kind="stable")[:STRANGEST]
-    at_least = [int((scores >= scores[place]).sum()) for place in order]
-    found = [
-        report.Strange(
-            name=images.names[rows[place]],
-            p_value=count / len(scores),
-            bits_per_dim=float(-raw.log_likelihood[place, 0]) / (dims * math.log(2)),
-        )
-        for place, count in zip(order, at_least, strict=True)
-    ]
-    return found, [images.pixels[rows[place]] for place in order]
+def _start_from(model: Model, recipe: Recipe, init: Path) -> None:
+    """Take the weights of a bundle: all of them, or of another model those that fit."""
+    weights = bundles.read_bundle(init).read("weights.safetensors")
+    theirs = _recipe_of(init).model
+    if theirs == recipe.model:
+        load_weights(model, weights, str(init))
+    else:
+        taken = start_from(model, unpack_weights(weights, str(init)))
+        say(f"{len(taken)} tensors of {init} ({theirs}) are the start of this {recipe.model}")
 
 
 def export(bundle: Path) -> int:
@@ -448,24 +303,18 @@ def export(bundle: Path) -> int:
         ExportError: the new graph does not reproduce the bundle's golden scores.
     """
     old = bundles.read_bundle(bundle)
-    recipe = parse_recipe(old.read("recipe.toml").decode(), f"{bundle}/recipe.toml")
-    spec = old.manifest.image
-    density = build(recipe.model, spec, recipe.density)
-    load_weights(density, old.read("weights.safetensors"), str(bundle))
-    graph = to_onnx(density)
-    parity = check_parity(density, graph, old.golden.images)
-    session = Session(graph, device="cpu")
-    moved = np.abs(session.run(old.golden.images).log_likelihood - old.golden.log_likelihood).max()
-    bits = float(moved) / (density.shape.dims * math.log(2))
-    if not bits <= TOLERANCE:
+    recipe, manifest = _recipe_of(bundle), old.manifest
+    model = build(recipe.model, manifest.image, recipe.density, len(manifest.classes or ()))
+    load_weights(model, old.read("weights.safetensors"), str(bundle))
+    files = graphs(model)
+    parity = check_parity(model, files["model.onnx"], old.golden.images)
+    try:
+        check_golden(Session(files["model.onnx"], device="cpu"), manifest, old.golden)
+    except BundleError as error:
         raise ExportError(
-            f"{bundle}: the exported graph differs from the golden scores by {bits:.1e} bits/dim, "
-            f"more than {TOLERANCE:.0e}; nothing was written; train or calibrate anew"
-        )
-    kept = {name: old.read(name) for name in old.manifest.files}
-    bundles.write_bundle(bundle, old.manifest, kept | {"model.onnx": graph}, replace=True)
-    say(
-        f"{bundle}: exported again; torch against onnxruntime {parity.bits_per_dim:.1e} bits/dim, "
-        f"golden scores {bits:.1e}"
-    )
+            f"{bundle}: {error}; nothing was written; train or calibrate anew"
+        ) from error
+    kept = {name: old.read(name) for name in manifest.files}
+    bundles.write_bundle(bundle, manifest, kept | files, replace=True)
+    say(f"{bundle}: exported again; torch against onnxruntime {parity:.1e} {model.unit}")
     return 0

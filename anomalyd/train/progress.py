@@ -42,7 +42,7 @@ def counting(what: str, total: int) -> Iterator[Callable[[int], None]]:
 
 @contextlib.contextmanager
 def training(unit: str) -> Iterator[Callable[..., None]]:
-    """Show steps, the loss in `unit`, images a second and the time left; yields a `loop.Progress`."""
+    """Show steps, the loss in `unit`, images/s and the time left; yields a `loop.Progress`."""
     if sys.stderr.isatty():
         columns = (
             TextColumn("training"),
@@ -72,9 +72,6 @@ def training(unit: str) -> Iterator[Callable[..., None]]:
         now = time.monotonic()
         if step == steps or now - last >= LINE_SECONDS:
             last = now
-            say(
-                f"step {step:,}/{steps:,}  {loss:.3f} {unit}  "
-                f"{images_per_second:,.0f} images/s"
-            )
+            say(f"step {step:,}/{steps:,}  {loss:.3f} {unit}  {images_per_second:,.0f} images/s")
 
     yield line

@@ -11,27 +11,65 @@ from safetensors.torch import save as pack
 from anomalyd.errors import TrainingError
 
 if TYPE_CHECKING:
-    from anomalyd.density.base import Density
+    from torch import Tensor
 
-__all__ = ["load_weights", "pack_weights"]
+    from anomalyd.density.base import Model
+
+__all__ = ["load_weights", "pack_weights", "start_from", "unpack_weights"]
 
 
-def pack_weights(density: Density) -> bytes:
+def pack_weights(model: Model) -> bytes:
     """Return every parameter and buffer, by name."""
-    return pack({name: value.contiguous() for name, value in density.state_dict().items()})
+    return pack({name: value.contiguous() for name, value in model.state_dict().items()})
 
 
-def load_weights(density: Density, data: bytes, where: str) -> None:
-    """Set every parameter and buffer of `density` from `pack_weights`'s bytes.
+def unpack_weights(data: bytes, where: str) -> dict[str, Tensor]:
+    """Return the tensors in `pack_weights`'s bytes, by name.
 
     Raises:
-        TrainingError: the weights are damaged or belong to a density of another shape.
+        TrainingError: they are damaged.
     """
     try:
-        density.load_state_dict(parse(data))
-    except (SafetensorError, RuntimeError) as error:
+        return parse(data)
+    except SafetensorError as error:
+        raise TrainingError(
+            f"the weights of {where} are damaged ({error}); copy the bundle again"
+        ) from error
+
+
+def load_weights(model: Model, data: bytes, where: str) -> None:
+    """Set every parameter and buffer of `model` from `pack_weights`'s bytes.
+
+    Raises:
+        TrainingError: the weights are damaged or belong to a model of another shape.
+    """
+    try:
+        model.load_state_dict(unpack_weights(data, where))
+    except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
         raise TrainingError(
-            f"the weights of {where} do not fit this density ({reason}); "
+            f"the weights of {where} do not fit this model ({reason}); "
             "use the bundle's own recipe.toml"
         ) from error
+
+
+def start_from(model: Model, weights: dict[str, Tensor]) -> list[str]:
+    """Copy the tensors that `model` has under the same name in the same shape.
+
+    Returns:
+        the names of what was taken, such as `encoder.convs.0.weight`.
+
+    Raises:
+        TrainingError: nothing fits.
+    """
+    own = model.state_dict()
+    taken = [
+        name for name, value in weights.items() if name in own and own[name].shape == value.shape
+    ]
+    if not taken:
+        raise TrainingError(
+            f"--init: no weight of that bundle fits this {type(model).__name__}; start from a "
+            "model with the same encoder"
+        )
+    model.load_state_dict({name: weights[name] for name in taken}, strict=False)
+    return taken

@@ -1,0 +1,324 @@
+"""From trained weights to a bundle: export, check, calibrate on the exported graph, describe."""
+
+from __future__ import annotations
+
+import math
+import platform
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, cast
+
+import numpy as np
+
+from anomalyd.density.base import Density
+from anomalyd.detect import bundle as bundles
+from anomalyd.detect import conformal
+from anomalyd.detect.pipeline import collect
+from anomalyd.detect.runtime import CPU, CUDA, Raw, Session, available_cpus
+from anomalyd.detect.statistics import negative_log_likelihood, typicality
+from anomalyd.errors import SourceError
+from anomalyd.sources import open_source
+from anomalyd.train import card, report
+from anomalyd.train.export import OPSET, TOLERANCE, check_parity, to_onnx, to_sampler, to_steps
+from anomalyd.train.progress import counting, say
+from anomalyd.train.splits import Splits
+from anomalyd.train.weights import pack_weights
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from anomalyd.density.base import Model
+    from anomalyd.images import ImageSpec
+    from anomalyd.train.data import TrainingData
+    from anomalyd.train.loop import Outcome
+    from anomalyd.train.recipe import Recipe
+
+__all__ = ["SPLITS", "Trained", "graphs", "write"]
+
+SPLITS = ("train", "validation", "fit", "calibration")
+PARITY_IMAGES = 64
+STRANGEST = 20
+UNITS = {
+    "log_likelihood": "nats",
+    "log_posterior": "nats",
+    "nll_map": "nats",
+    "embedding": "1",
+}
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model at the end of its training, and all that led there.
+
+    Attributes:
+        model: with the best weights, on the CPU.
+        recipe: every setting, the epochs really taken among them.
+        spec: the images it takes.
+        images: what it was trained on, decoded.
+        splits: who saw which image.
+        classes: names of the classes; empty without.
+        labels: int64 (N,), the class of each image; None without.
+        outcome: how the run ended.
+    """
+
+    model: Model
+    recipe: Recipe
+    spec: ImageSpec
+    images: TrainingData
+    splits: Splits
+    classes: list[str]
+    labels: NDArray[np.int64] | None
+    outcome: Outcome
+
+    @property
+    def priors(self) -> list[float] | None:
+        """p(y), as counted in the training split."""
+        if self.labels is None:
+            return None
+        counts = np.bincount(self.labels[self.splits.train], minlength=len(self.classes))
+        # A class that training has not seen is rare, not impossible.
+        counts = np.maximum(counts, 0.5)
+        return [float(count) for count in counts / counts.sum()]
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """What the test split says; `None` where there is none."""
+
+    bits_per_dim: float | None = None
+    accuracy: float | None = None
+    images: int = 0
+
+
+def graphs(model: Model) -> dict[str, bytes]:
+    """Export every graph of a model's bundle, by file name.
+
+    Raises:
+        ExportError: a graph cannot be expressed.
+    """
+    files = {"model.onnx": to_onnx(model)}
+    if isinstance(model, Density):
+        files |= {"sampler.onnx": to_sampler(model), **to_steps(model)}
+    return files
+
+
+def write(trained: Trained, *, data: str, licence: str | None, out: Path, folder: Path) -> None:
+    """Write the bundle `out`, and the report on its strangest images into `folder`.
+
+    Args:
+        trained: the model and its history.
+        data: the DATA argument, whose test split is scored where there is one.
+        licence: of the weights.
+        out: the bundle's folder.
+        folder: the run's folder.
+
+    Raises:
+        ExportError: onnxruntime does not give torch's numbers.
+        BundleError: the bundle cannot be written.
+    """
+    images, splits, model = trained.images, trained.splits, trained.model
+    files = graphs(model)
+    parity = check_parity(
+        model, files["model.onnx"], images.pixels[splits.validation[:PARITY_IMAGES]]
+    )
+    session = Session(files["model.onnx"], device="cpu")
+    test = _test_split(session, trained, data)
+    about = card.Training(
+        model=trained.recipe.model,
+        data=data,
+        labels=bool(trained.classes),
+        out=str(out),
+        counts={name: len(getattr(splits, name)) for name in SPLITS},
+        minutes=trained.outcome.seconds / 60,
+        machine=f"{available_cpus()} CPU cores ({platform.machine()})",
+        images_per_second=trained.outcome.images / max(trained.outcome.seconds, 1e-9),
+        validation=trained.outcome.validation,
+        unit=model.unit,
+        parity=parity,
+        test=test.images,
+        accuracy=test.accuracy,
+    )
+    manifest = _manifest(trained, out.name, session, test, licence)
+    if model.kind == "density":
+        calibration, text, manifest = _calibrated(trained, session, manifest, about, folder)
+    else:
+        calibration = bundles.Calibration.hashes_alone(*_hashes(images, splits))
+        text = card.write_plain_card(manifest, about)
+    bundles.write_bundle(
+        out,
+        manifest,
+        files
+        | {
+            "calibration.npz": bundles.pack_calibration(calibration),
+            "golden.npz": bundles.pack_golden(_golden(session, trained.spec, model.kind)),
+            "CARD.md": text.encode(),
+            "recipe.toml": trained.recipe.to_toml().encode(),
+            "weights.safetensors": pack_weights(model),
+        },
+    )
+    (folder / "pixels.npy").unlink()  # the images themselves are the user's; this copy is ours
+    (folder / "checkpoint.safetensors").unlink()
+    (folder / "job.json").unlink()
+    if test.bits_per_dim is not None:
+        say(f"{out}: {test.bits_per_dim:.4f} bits/dim on the test split")
+    elif test.accuracy is not None:
+        say(f"{out}: accuracy {test.accuracy:.4f} on the test split")
+    else:
+        say(f"{out}: {trained.outcome.validation:.4f} {model.unit} on the validation split")
+
+
+def _calibrated(
+    trained: Trained,
+    session: Session,
+    manifest: bundles.Manifest,
+    about: card.Training,
+    folder: Path,
+) -> tuple[bundles.Calibration, str, bundles.Manifest]:
+    """Score the held-out splits with the exported graph; return tables, card and manifest."""
+    images, splits = trained.images, trained.splits
+    fit = _scored(session, images.pixels, splits.fit, "fit split")
+    held_out = _scored(session, images.pixels, splits.calibration, "calibration split")
+    fit_nll = np.sort(negative_log_likelihood(fit.log_likelihood, manifest.priors))
+    nll = negative_log_likelihood(held_out.log_likelihood, manifest.priors)
+    scores = typicality(nll, fit_nll)
+    n = len(scores)
+    training, calibrating = _hashes(images, splits)
+    calibration = bundles.Calibration(
+        fit_nll=fit_nll,
+        fit_statistics=fit.statistics,
+        scores=np.sort(scores),
+        p_table=conformal.p_table(n),
+        training_hashes=training,
+        calibration_hashes=calibrating,
+    )
+    alpha = conformal.default_alpha(n)
+    manifest = replace(manifest, calibration_n=n, default_alpha=alpha)
+    strangest, sheet = _strangest(
+        images, splits.calibration, scores, nll / (trained.model.shape.dims * math.log(2))
+    )
+    # The verdict is p <= alpha: the threshold is the smallest score with such a p-value.
+    rank = int(np.searchsorted(calibration.p_table, alpha, side="right"))
+    threshold = float(calibration.scores[n - rank]) if rank else float(calibration.scores[-1])
+    text = card.write_card(manifest, about, calibration.scores, threshold, strangest)
+    table, picture = report.write_strangest(folder, strangest, sheet)
+    say(f"alpha {alpha:g} from {n:,} calibration images")
+    if alpha > conformal.DEFAULT_ALPHA:
+        say(
+            f"{n} calibration images allow no smaller alpha than {alpha:g}; for "
+            f"{conformal.DEFAULT_ALPHA} calibrate with {conformal.images_needed(0.01)}"
+        )
+    say(f"look at the {len(strangest)} strangest held-out normals: {picture}, {table}")
+    return calibration, text, manifest
+
+
+def _hashes(images: TrainingData, splits: Splits) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
+    """Return what training has seen, and what calibration holds out."""
+    calibrating = splits.calibration
+    training = np.unique(np.delete(images.hashes, calibrating))
+    return training, np.unique(images.hashes[calibrating])
+
+
+def _scored(
+    session: Session, pixels: NDArray[np.uint8], rows: NDArray[np.int64], what: str
+) -> Raw:
+    """Score rows of the decoded images with the exported graph, reading a slab at a time."""
+    slab, parts = 8 * session.batch, []
+    with counting(f"scoring {what}", len(rows)) as advance:
+        for start in range(0, len(rows), slab):
+            parts.append(session.run(pixels[rows[start : start + slab]], progress=advance))
+    return Raw.concat(parts)
+
+
+def _test_split(session: Session, trained: Trained, data: str) -> _Measured:
+    """Measure bits/dim, or the accuracy of a classifier, on DATA's test split."""
+    if trained.model.kind == "autoencoder":
+        return _Measured()
+    root, labels = data.removesuffix(":train"), bool(trained.classes)
+    try:
+        source = open_source(root, split="test", labels=labels)
+        training_data = open_source(data, split="train")
+    except SourceError:
+        return _Measured()
+    if source.name == training_data.name and len(source) == len(training_data):
+        return _Measured()  # a folder with one split is that split, whichever is asked for
+    with counting("scoring test split", len(source)) as advance:
+        scored = collect(session, trained.spec, source, progress=advance)
+    if scored is None:
+        return _Measured()
+    if trained.model.kind == "classifier":
+        said = cast("NDArray[np.float32]", scored.raw.log_posterior).argmax(axis=1)
+        right = [
+            trained.classes[place] == label
+            for place, label in zip(said.tolist(), scored.labels, strict=True)
+        ]
+        return _Measured(accuracy=float(np.mean(right)), images=len(scored))
+    nll = negative_log_likelihood(scored.raw.log_likelihood, trained.priors)
+    bits = nll.mean() / (trained.model.shape.dims * math.log(2))
+    return _Measured(bits_per_dim=float(bits), images=len(scored))
+
+
+def _manifest(
+    trained: Trained, name: str, session: Session, test: _Measured, licence: str | None
+) -> bundles.Manifest:
+    model = trained.model
+    units = UNITS | {"statistics": ", ".join(model.units)}
+    return bundles.Manifest(
+        format_version=bundles.FORMAT_VERSION,
+        name=name,
+        version="1",
+        kind=model.kind,  # type: ignore[arg-type]
+        created=datetime.now(UTC).replace(microsecond=0).isoformat(),
+        image=trained.spec,
+        likelihood=model.likelihood if isinstance(model, Density) else "none",
+        score_name="typicality" if model.kind == "density" else "none",
+        guarantee={"kind": "marginal", "confidence": None},
+        classes=trained.classes or None,
+        priors=trained.priors,
+        outputs={output: {"unit": units[output]} for output in session.outputs},
+        statistics=list(model.statistics),
+        default_alpha=conformal.DEFAULT_ALPHA,
+        opset=OPSET,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        bits_per_dim={"test": test.bits_per_dim},
+        tolerance={CPU: TOLERANCE, CUDA: 10 * TOLERANCE},
+        calibration_n=0,
+        files={},
+        data_digest=trained.images.digest,
+        licence=licence or "unspecified",
+    )
+
+
+def _golden(session: Session, spec: ImageSpec, kind: str) -> bundles.Golden:
+    """Score four made-up images: black, white, a ramp and noise. No training image travels."""
+    shape = (spec.height, spec.width, spec.channels)
+    ramp = np.linspace(0, 255, spec.height * spec.width * spec.channels).astype(np.uint8)
+    noise = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    images = np.stack(
+        [np.zeros(shape, np.uint8), np.full(shape, 255, np.uint8), ramp.reshape(shape), noise]
+    )
+    raw = session.run(images, embedding=kind == "autoencoder")
+    return bundles.Golden(
+        images, raw.log_likelihood, raw.statistics, raw.log_posterior, raw.embedding
+    )
+
+
+def _strangest(
+    images: TrainingData,
+    rows: NDArray[np.int64],
+    scores: NDArray[np.float64],
+    bits_per_dim: NDArray[np.float64],
+) -> tuple[list[report.Strange], list[NDArray[np.uint8]]]:
+    """Return the strangest calibration images, each with its p-value among the others."""
+    order = np.argsort(-scores, kind="stable")[:STRANGEST]
+    at_least = [int((scores >= scores[place]).sum()) for place in order]
+    found = [
+        report.Strange(
+            name=images.names[rows[place]],
+            p_value=count / len(scores),
+            bits_per_dim=float(bits_per_dim[place]),
+        )
+        for place, count in zip(order, at_least, strict=True)
+    ]
+    return found, [images.pixels[rows[place]] for place in order]
