@@ -302,17 +302,96 @@ def score(
 
 @anomalyd.command()
 @bundle
-@click.option("-n", "count", type=int, default=16, show_default=True, help="Images to draw.")
+@click.option("-n", "count", type=int, metavar="N", help="Images to draw  [default: 16]")
 @click.option("--label", metavar="NAME", help="Draw images of this class.")
 @click.option("--seed", type=int, default=0, show_default=True, metavar="S", help="Of the draw.")
-@click.option("--output", type=PATH, metavar="FILE", help="PNG to write.")
-def sample(bundle: Path, **_: Any) -> int:
-    """Draw images from the density in BUNDLE."""
-    from anomalyd.detect.bundle import read_bundle
+@click.option(
+    "--temperature",
+    type=float,
+    default=1.0,
+    show_default=True,
+    metavar="T",
+    help="Exact samples at 1, tamer ones below.",
+)
+@click.option(
+    "--complete", type=PATH, metavar="IMAGE", help="Draw the rest of this image, eight times."
+)
+@click.option(
+    "--keep",
+    default="top-half",
+    show_default=True,
+    metavar="PART",
+    help="What is kept of it: top-quarter, top-half, top-three-quarters.",
+)
+@click.option(
+    "--method",
+    default="auto",
+    show_default=True,
+    metavar="NAME",
+    help="loop, jacobi or cached: the same images; auto is the fastest.",
+)
+@click.option(
+    "--output",
+    type=PATH,
+    default="grid.png",
+    show_default=True,
+    metavar="FILE",
+    help="PNG to write.",
+)
+@device
+def sample(
+    bundle: Path,
+    count: int | None,
+    label: str | None,
+    seed: int,
+    temperature: float,
+    complete: Path | None,
+    keep: str,
+    method: str,
+    output: Path,
+    device: str,
+) -> int:
+    """Draw images from the density in BUNDLE, or the rest of an image given its top."""
+    import numpy as np
 
-    if "sampler.onnx" not in read_bundle(bundle).manifest.files:
-        raise BundleError(f"bundle {bundle}: it has no sampler (sampler.onnx) to draw from")
-    raise BundleError(f"bundle {bundle}: this version cannot run a sampler; upgrade anomalyd")
+    from anomalyd.detect.sample import Sampler, grid
+    from anomalyd.images import to_pixels
+
+    if output.suffix.lower() != ".png":
+        raise UsageError(f"--output {output}: samples are written as .png")
+    sampler = Sampler.load(bundle, device=device)
+    given = None if complete is None else to_pixels(complete, sampler.spec)
+    with _progress("drawing", sampler.steps) as advance:
+        before = 0
+
+        def progress(done: int, _: int) -> None:
+            nonlocal before
+            advance(done - before)
+            before = done
+
+        drawn = sampler.draw(
+            count if count is not None else 16 if given is None else 8,
+            label=label,
+            seed=seed,
+            temperature=temperature,
+            method=method,
+            complete=given,
+            keep=keep,
+            progress=progress,
+        )
+    images, columns = drawn.images, None
+    if given is not None:
+        # Side by side: the image, what was kept of it on grey, and its completions.
+        kept = np.where(sampler.kept(keep), given, np.uint8(128))
+        images = np.concatenate([given[None], kept[None], images])
+        columns = len(images)
+    try:
+        grid(images, columns=columns).save(output)
+    except OSError as error:
+        raise AnomalydError(f"--output {output} cannot be written: {error.strerror}") from error
+    labels = f" of {', '.join(sorted(set(drawn.labels)))}" if drawn.labels else ""
+    _say(f"{output}: {len(drawn.images)} images{labels}, drawn by {drawn.method}, seed {seed}")
+    return 0
 
 
 @anomalyd.command()

@@ -5,6 +5,7 @@ python tests/bench/figures.py
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 
+from anomalyd.detect.bundle import find_bundles, read_bundle
 from anomalyd.detect.detector import Detector, Verdict
 from anomalyd.images import to_pixels
 
@@ -61,12 +63,14 @@ def histogram(detector: Detector, axis: Axes) -> None:
 def main() -> None:
     out = ROOT / "docs" / "example.png"
     example(Detector.load(ROOT / "trained" / "fashion-mnist-pixelcnn"), out)
-    bundles = sorted(path.parent for path in (ROOT / "trained").glob("*/manifest.json"))
-    figure, axes = plt.subplots(
-        1, len(bundles), figsize=(3 * len(bundles), 2.4), layout="constrained"
-    )
-    for axis, bundle in zip(np.atleast_1d(axes), bundles, strict=True):
-        histogram(Detector.load(bundle), axis)
+    bundles = [read_bundle(path) for path in find_bundles(ROOT / "trained")]
+    detectors = [Detector.start(bundle) for bundle in bundles if bundle.manifest.kind == "density"]
+    rows = math.ceil(len(detectors) / 4)
+    figure, axes = plt.subplots(rows, 4, figsize=(12, 2.4 * rows), layout="constrained")
+    for axis in axes.flat[len(detectors) :]:
+        axis.set_axis_off()
+    for axis, detector in zip(axes.flat, detectors, strict=False):
+        histogram(detector, axis)
     figure.savefig(ROOT / "trained" / "scores.png", dpi=100)
     print(out, ROOT / "trained" / "scores.png")
 
