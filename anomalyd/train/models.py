@@ -22,6 +22,8 @@ __all__ = ["MODELS", "build"]
 
 MODELS = {
     "gated-pixelcnn": "anomalyd.density.gated_pixelcnn:GatedPixelCNN",
+    "pixelcnn": "anomalyd.density.pixelcnn:PixelCNN",
+    "pixelcnn++": "anomalyd.density.pixelcnnpp:PixelCNNPP",
     "vae": "anomalyd.density.vae:VAE",
 }
 

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from anomalyd.density.base import Density, ImageShape
 from anomalyd.density.gated_pixelcnn import GatedPixelCNN
+from anomalyd.density.pixelcnn import PixelCNN
+from anomalyd.density.pixelcnnpp import PixelCNNPP
 from anomalyd.density.vae import VAE
 
 GREY, RGB = ImageShape(6, 5, 1), ImageShape(6, 5, 3)
@@ -24,6 +26,17 @@ def pixelcnn(shape: ImageShape, **options) -> GatedPixelCNN:
     )
 
 
+def masked_pixelcnn(shape: ImageShape, **options) -> PixelCNN:
+    torch.manual_seed(0)
+    return PixelCNN(shape, **({"features": 8, "blocks": 2, "components": 3} | options))
+
+
+def pixelcnnpp(shape: ImageShape, **options) -> PixelCNNPP:
+    torch.manual_seed(0)
+    tiny = {"features": (4, 6, 8), "blocks": (1, 0, 1), "components": 3}
+    return PixelCNNPP(shape, **(tiny | options))
+
+
 def vae(shape: ImageShape, **options) -> VAE:
     torch.manual_seed(0)
     return VAE(shape, **({"features": 4, "latent": 3, "components": 3} | options))
@@ -33,6 +46,12 @@ AUTOREGRESSIVE = {
     f"pixelcnn-{shape.channels}-{pixel}": (pixelcnn, shape, {"pixel": pixel})
     for shape in (GREY, RGB)
     for pixel in PIXELS
+}
+AUTOREGRESSIVE |= {
+    "masked-pixelcnn-grey": (masked_pixelcnn, GREY, {"pixel": "hierarchical"}),
+    "masked-pixelcnn-rgb": (masked_pixelcnn, RGB, {"pixel": "logistic-mixture"}),
+    "pixelcnn++-grey": (pixelcnnpp, GREY, {"pixel": "logistic-mixture"}),
+    "pixelcnn++-rgb": (pixelcnnpp, RGB, {"pixel": "categorical"}),
 }
 DENSITIES = AUTOREGRESSIVE | {
     "vae-grey": (vae, GREY, {}),
