@@ -143,7 +143,7 @@ def training_speed(data: Path) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as folder:
         model = build("gated-pixelcnn", ImageSpec(28, 28, 1), options)
         rows = split(hashes, [None] * len(hashes))
-        run = _Run(model, images, rows, settings, Path(folder), torch.device("cpu"))
+        run = _Run(model, images, None, rows, settings, Path(folder), torch.device("cpu"))
         run.budget = 10**6
         for _ in range(3):
             run.train_step()
