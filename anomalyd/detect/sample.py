@@ -163,7 +163,7 @@ class Sampler:
             known = complete.astype(np.int64) * self.spec.levels // 256
             levels[:, ~open_] = known[~open_]
         run = _Run(self, noise, open_, temperature, self._given(labels, latent), progress)
-        chosen = self._method(method)
+        chosen = self.method(method)
         images = getattr(run, chosen)(levels)
         names = self.manifest.classes
         return Drawn(
@@ -192,11 +192,12 @@ class Sampler:
             )
         return kept
 
-    @property
-    def _shape(self) -> tuple[int, int, int]:
-        return self.spec.height, self.spec.width, self.spec.channels
+    def method(self, asked: str) -> str:
+        """The method that is meant: "auto" is the fastest there is.
 
-    def _method(self, asked: str) -> str:
+        Raises:
+            UsageError: no such method, or not for this bundle.
+        """
         if asked not in METHODS:
             raise UsageError(f"a method is one of {', '.join(METHODS)}, not {asked!r}")
         if asked == "cached" and self._cached is None:
@@ -209,6 +210,10 @@ class Sampler:
             return "cached"
         # An image of a single step per channel is drawn before a fixed point is confirmed.
         return "loop" if self.steps <= self.spec.channels else "jacobi"
+
+    @property
+    def _shape(self) -> tuple[int, int, int]:
+        return self.spec.height, self.spec.width, self.spec.channels
 
     def _labels(self, label: str | None, n: int, rng: np.random.Generator) -> Levels:
         classes = self.manifest.classes

@@ -26,10 +26,14 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the tests' own helpers
 from make_fixture import with_noise
 
+from anomalyd.detect.bundle import read_bundle
 from anomalyd.detect.conformal import p_table, p_values
 from anomalyd.detect.detector import Detector
+from anomalyd.detect.runtime import Session
+from anomalyd.detect.sample import Sampler
 from anomalyd.detect.score import Scoring, score_to_stream
 from anomalyd.sources import open_source
+from anomalyd.train.recipe import parse_recipe
 
 ROOT = Path(__file__).parents[2]
 TRAINED = ROOT / "trained"
@@ -193,6 +197,63 @@ def scoring(data: Path) -> Iterator[Row]:
                 speed = n / seconds(score)
                 yield row(f"{name}: from {kind.upper()}, images/s", speed, "{:,.0f}")
                 yield row(f"{name}: from {kind.upper()}, ratio", speed / bare, "{:.2f}", low=low)
+
+
+@bench
+def sampling(data: Path) -> Iterator[Row]:
+    """Sixteen Fashion-MNIST images by each method, from the same noise."""
+    sampler = Sampler.load(TRAINED / "fashion-mnist-pixelcnn", device="cpu")
+    took, drawn = {}, {}
+    for method in ("cached", "jacobi", "loop"):
+        began = time.perf_counter()
+        drawn[method] = sampler.draw(16, method=method, seed=0)
+        took[method] = time.perf_counter() - began
+        yield row(f"16 samples, {method}: seconds", took[method], "{:.2f}")
+    yield row(
+        "16 samples, jacobi: runs of the graph (the loop's: 784)", drawn["jacobi"].runs, "{}"
+    )
+    for method in ("jacobi", "cached"):
+        other = int((drawn[method].images != drawn["loop"].images).any(axis=(1, 2, 3)).sum())
+        yield row(f"16 samples, {method}: images that differ from the loop's", other, "{}")
+    ties = drawn["loop"].near_ties
+    yield row("16 samples: values within 1e-6 of another level", ties, "{}")
+    ratio = took["loop"] / took[sampler.method("auto")]
+    yield row("16 samples: the default against the loop, times faster", ratio, "{:.0f}", low=100)
+
+
+@bench
+def kernels(data: Path) -> Iterator[Row]:
+    """The exported gated PixelCNN against the same layers with masks and a 256-way softmax."""
+    from masked import MaskedGatedPixelCNN
+
+    from anomalyd.density.base import ImageShape
+    from anomalyd.train.export import to_onnx
+
+    bundle = read_bundle(TRAINED / "fashion-mnist-pixelcnn")
+    options = parse_recipe(bundle.read("recipe.toml").decode(), "recipe").density
+    options = {key: options[key] for key in ("features", "dilations", "kernel")}
+    images = images_of(data, "fashion-mnist", 256)
+    speeds = []
+    for what, model in (
+        ("cropped kernels, as exported", bundle.model),
+        (
+            "masked kernels, 256-way softmax",
+            to_onnx(MaskedGatedPixelCNN(ImageShape(28, 28), **options)),
+        ),
+    ):
+        session = Session(model, device="cpu")
+        speeds.append(len(images) / seconds(lambda s=session: s.run(images), 5))
+        yield row(f"gated PixelCNN, {what}: images/s", speeds[-1], "{:.0f}")
+    yield row("gated PixelCNN: ratio", speeds[0] / speeds[1], "{:.2f}", low=2.0)
+
+
+@bench
+def family(data: Path) -> Iterator[Row]:
+    """Measure every bundle anew and write the table in trained/README.md."""
+    script = Path(__file__).with_name("results.py")
+    subprocess.run([sys.executable, str(script)], check=True, stdout=subprocess.DEVNULL)
+    rows = json.loads((TRAINED / "results.json").read_text())
+    yield row("rows in trained/README.md", len(rows), "{}")
 
 
 def resident_mib(n: int, data: Path) -> float:
