@@ -1,0 +1,138 @@
+"""The gated PixelCNN as it is usually written, for the benchmark to compare with.
+
+Kernels are as wide as the receptive field and multiplied by a mask, half of them by zero; a pixel
+is a softmax over all its levels, normalised before one is chosen. Features, layers, dilations and
+inputs are those of `anomalyd.density.gated_pixelcnn`, and so is, with its weights, every number.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from anomalyd.density.base import Autoregressive, ImageShape
+from anomalyd.density.gated_pixelcnn import GatedPixelCNN
+from anomalyd.density.layers import ClassBias, gate, per_class, position
+from anomalyd.density.likelihoods import Categorical
+
+__all__ = ["MaskedGatedPixelCNN", "from_gated"]
+
+
+class MaskedConv(nn.Conv2d):
+    """A convolution that sees rows above, or columns to the left, and nothing else.
+
+    Args:
+        inputs: input channels.
+        outputs: output channels.
+        kernel: (rows, columns), odd; one row sees columns to the left, more see rows above.
+        first: mask A, without the present row or column; else mask B, with it.
+        dilation: distance between kernel taps.
+    """
+
+    mask: Tensor
+
+    def __init__(
+        self, inputs: int, outputs: int, kernel: tuple[int, int], first: bool, dilation: int = 1
+    ) -> None:
+        super().__init__(inputs, outputs, kernel, padding="same", dilation=dilation)
+        mask = torch.ones(kernel)
+        causal = mask.T if kernel[0] == 1 else mask
+        causal[len(causal) // 2 + (not first) :] = 0
+        self.register_buffer("mask", mask, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (N, inputs, H, W) to (N, outputs, H, W)."""
+        return self._conv_forward(x, self.weight * self.mask, self.bias)
+
+
+class MaskedLayer(nn.Module):
+    """One gated layer of the vertical and the horizontal stack."""
+
+    def __init__(self, features: int, kernel: int, dilation: int, classes: int) -> None:
+        super().__init__()
+        self.vertical = MaskedConv(features, 2 * features, (kernel, kernel), False, dilation)
+        self.horizontal = MaskedConv(features, 2 * features, (1, kernel), False, dilation)
+        self.down = nn.Conv2d(2 * features, 2 * features, 1)
+        self.out = nn.Conv2d(features, features, 1)
+        self.condition = ClassBias(classes, 2 * features) if classes else None
+
+    def forward(self, v: Tensor, h: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Map v (N, F, H, W) and h (N, M or 1, F, H, W) likewise, h for each of M classes."""
+        above = self.vertical(v)
+        mixed = per_class(self.horizontal, h) + self.down(above).unsqueeze(1)
+        if self.condition is not None and labels is not None:
+            mixed = mixed + self.condition(labels)
+        return gate(above, 1), h + per_class(self.out, gate(mixed, 2))
+
+
+class FullSoftmax(Categorical):
+    """A softmax over all levels, in full, of which one is taken."""
+
+    def channel(self, seen: Tensor, value: Tensor, channel: int) -> Tensor:
+        return self.table(seen, channel).gather(1, value.unsqueeze(1))[:, 0]
+
+
+class MaskedGatedPixelCNN(Autoregressive):
+    """log p(x) or log p(x|y) of a gated PixelCNN with masked kernels and a full softmax.
+
+    References:
+        Conditional Image Generation with PixelCNN Decoders (van den Oord et al., 2016).
+    """
+
+    position: Tensor
+    edges = ("first_vertical", "first_horizontal", "pixel")
+
+    def __init__(
+        self,
+        shape: ImageShape,
+        classes: int = 0,
+        *,
+        features: int = 32,
+        dilations: tuple[int, ...] = (1, 2, 1, 4, 1, 2, 1),
+        kernel: int = 3,
+    ) -> None:
+        super().__init__(shape, classes)
+        self.register_buffer("position", position(shape), persistent=False)
+        # Two wider than the others: mask A loses the middle, where the cropped kernel is shifted.
+        inputs, wide = shape.channels + 2, kernel + 2
+        self.first_vertical = MaskedConv(inputs, features, (wide, wide), True)
+        self.first_horizontal = MaskedConv(inputs, features, (1, wide), True)
+        self.layers = nn.ModuleList(MaskedLayer(features, kernel, d, classes) for d in dilations)
+        self.pixel = FullSoftmax(shape, features)
+
+    def context(self, inputs: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Return what each pixel's distribution is conditioned on, (N, M, F, H, W)."""
+        x = torch.cat([inputs, self.position.expand(inputs.shape[0], -1, -1, -1)], dim=1)
+        v, h = self.first_vertical(x), self.first_horizontal(x).unsqueeze(1)
+        for layer in self.layers:
+            v, h = layer(v, h, labels)
+        return h
+
+
+def from_gated(density: GatedPixelCNN) -> MaskedGatedPixelCNN:
+    """Return the masked form of `density`; its weights too where its pixel is categorical."""
+    first, layers = density.first_vertical.conv, density.layers
+    masked = MaskedGatedPixelCNN(
+        density.shape,
+        density.classes,
+        features=first.out_channels,
+        dilations=tuple(layer.vertical.conv.dilation[0] for layer in layers),
+        kernel=first.kernel_size[1],
+    )
+    if isinstance(density.pixel, Categorical):
+        own = masked.state_dict()
+        for name, weight in density.state_dict().items():
+            _embed(weight, own[name.replace(".conv.", ".")])
+    return masked
+
+
+def _embed(weight: Tensor, into: Tensor) -> None:
+    """Copy a weight; a cropped kernel to where the mask is one, centred where that is wider."""
+    if weight.shape == into.shape:
+        into.copy_(weight)
+        return
+    into.zero_()
+    rows, columns = weight.shape[2:]
+    # Rows above and columns to the left come first; only mask A is wider in the other direction.
+    left = (into.shape[3] - columns) // 2 if into.shape[2] > 1 else 0
+    into[:, :, :rows, left : left + columns] = weight
