@@ -15,14 +15,14 @@ It does not judge its images: a sample of an outlier model looks as convincing a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from anomalyd.detect.bundle import Bundle, read_bundle
+from anomalyd.detect.bundle import Manifest, read_bundle
 from anomalyd.detect.runtime import FAILURES, inference_session
 from anomalyd.errors import BundleError, UsageError
 
@@ -39,6 +39,7 @@ METHODS = ("auto", "loop", "jacobi", "cached")
 KEEP = {"top-quarter": 1 / 4, "top-half": 1 / 2, "top-three-quarters": 3 / 4}
 """What a completion keeps of an image -> that share of its rows."""
 
+GRAPHS = ("sampler.onnx", "row.onnx", "step.onnx")
 NEAR = 1e-6
 
 
@@ -66,41 +67,44 @@ class Sampler:
     """Draws from one bundle; immutable, safe to share between threads.
 
     Args:
-        bundle: one whose density has a sampler.
+        manifest: of the bundle.
+        files: its graphs: sampler.onnx, and row.onnx and step.onnx where it has them.
+        where: what messages call it.
         device: "auto", "cpu" or "cuda".
         threads: CPU threads; None takes what this process may use.
 
     Raises:
-        BundleError: the bundle has no sampler, or onnxruntime refuses it.
+        BundleError: there is no sampler, or onnxruntime refuses it.
         UsageError: an unknown device, or one that is not here.
     """
 
     def __init__(
-        self, bundle: Bundle, *, device: str = "auto", threads: int | None = None
+        self,
+        manifest: Manifest,
+        files: Mapping[str, bytes],
+        where: str,
+        *,
+        device: str = "auto",
+        threads: int | None = None,
     ) -> None:
-        manifest = bundle.manifest
-        if "sampler.onnx" not in manifest.files:
+        if "sampler.onnx" not in files:
             why = (
                 f"a {manifest.kind} has no density to draw from; train one, such as a vae"
                 if manifest.kind != "density"
-                else "it has no sampler (sampler.onnx); anomalyd export BUNDLE adds one"
+                else "no sampler (sampler.onnx) to draw from; `anomalyd export` adds one"
             )
-            raise BundleError(f"bundle {bundle.path}: {why}")
-        self.path, self.manifest, self.spec = bundle.path, manifest, manifest.image
+            raise BundleError(f"{where}: {why}")
+        self.where, self.manifest, self.spec = where, manifest, manifest.image
 
         def opened(name: str, threads: int | None) -> Any:
-            return inference_session(
-                bundle.read(name),
-                device=device,
-                threads=threads,
-                what=f"bundle {bundle.path}: {name}",
-            )
+            what = f"{where}: {name}"
+            return inference_session(files[name], device=device, threads=threads, what=what)
 
         self._graph = opened("sampler.onnx", threads)
         inputs = {value.name: value.shape for value in self._graph.get_inputs()}
         self._latent = inputs["latent"][1] if "latent" in inputs else 0
         self._cached = None
-        if {"row.onnx", "step.onnx"} <= manifest.files.keys():
+        if {"row.onnx", "step.onnx"} <= files.keys():
             # Its operators are too small to be worth a second thread.
             self._cached = opened("row.onnx", 1), opened("step.onnx", 1)
         zeros = np.zeros((1, *self._shape), np.uint8)
@@ -112,7 +116,9 @@ class Sampler:
         cls, path: str | Path, *, device: str = "auto", threads: int | None = None
     ) -> Sampler:
         """Read a bundle and open its sampler; arguments and errors as above."""
-        return cls(read_bundle(path), device=device, threads=threads)
+        bundle = read_bundle(path)
+        files = {name: bundle.read(name) for name in GRAPHS if name in bundle.manifest.files}
+        return cls(bundle.manifest, files, f"bundle {path}", device=device, threads=threads)
 
     @property
     def steps(self) -> int:
@@ -187,7 +193,7 @@ class Sampler:
         # What is kept must come first: else the rest is not drawn given all of it.
         if not kept.any() or kept.all() or self.order[kept].max() > self.order[~kept].min():
             raise UsageError(
-                f"--complete: {self.path} does not draw an image from the top down, so it cannot "
+                f"--complete: {self.where} does not draw an image from the top down, so it cannot "
                 "be given a top; use a PixelCNN or a PixelRNN"
             )
         return kept
@@ -201,9 +207,7 @@ class Sampler:
         if asked not in METHODS:
             raise UsageError(f"a method is one of {', '.join(METHODS)}, not {asked!r}")
         if asked == "cached" and self._cached is None:
-            raise UsageError(
-                f"bundle {self.path}: no cached sampler (row.onnx, step.onnx); use jacobi"
-            )
+            raise UsageError(f"{self.where}: no cached sampler (row.onnx, step.onnx); use jacobi")
         if asked != "auto":
             return asked
         if self._cached is not None:
@@ -223,7 +227,7 @@ class Sampler:
             return rng.choice(len(classes), n, p=self.manifest.priors).astype(np.int64)
         if not classes:
             raise UsageError(
-                f"--label {label}: {self.path} was trained without classes; leave it out"
+                f"--label {label}: {self.where} was trained without classes; leave it out"
             )
         if label not in classes:
             raise UsageError(f"--label {label}: no such class; there are {', '.join(classes)}")
@@ -249,7 +253,7 @@ class Sampler:
             return list(session.run(outputs, inputs))
         except FAILURES as error:
             reason = " ".join(str(error).split())[:300]
-            raise BundleError(f"bundle {self.path}: the sampler fails: {reason}") from None
+            raise BundleError(f"{self.where}: the sampler fails: {reason}") from None
 
 
 @dataclass(eq=False)

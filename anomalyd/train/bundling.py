@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import platform
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from anomalyd.detect import bundle as bundles
 from anomalyd.detect import conformal
 from anomalyd.detect.pipeline import collect
 from anomalyd.detect.runtime import CPU, CUDA, Raw, Session, available_cpus
+from anomalyd.detect.sample import Sampler, grid
 from anomalyd.detect.statistics import negative_log_likelihood, typicality
 from anomalyd.errors import SourceError
 from anomalyd.sources import open_source
@@ -25,6 +27,7 @@ from anomalyd.train.splits import Splits
 from anomalyd.train.weights import pack_weights
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -35,7 +38,7 @@ if TYPE_CHECKING:
     from anomalyd.train.loop import Outcome
     from anomalyd.train.recipe import Recipe
 
-__all__ = ["SPLITS", "Trained", "graphs", "write"]
+__all__ = ["SPLITS", "Trained", "graphs", "samples", "write"]
 
 SPLITS = ("train", "validation", "fit", "calibration")
 PARITY_IMAGES = 64
@@ -104,6 +107,16 @@ def graphs(model: Model) -> dict[str, bytes]:
     return files
 
 
+def samples(manifest: bundles.Manifest, files: Mapping[str, bytes]) -> bytes:
+    """Draw the card's picture, 16 images at temperature 1: a PNG."""
+    with counting("drawing samples", 1) as advance:
+        drawn = Sampler(manifest, files, manifest.name, device="cpu").draw(16)
+        advance(1)
+    png = io.BytesIO()
+    grid(drawn.images, side=56).save(png, "PNG", optimize=True)
+    return png.getvalue()
+
+
 def write(trained: Trained, *, data: str, licence: str | None, out: Path, folder: Path) -> None:
     """Write the bundle `out`, and the report on its strangest images into `folder`.
 
@@ -132,7 +145,7 @@ def write(trained: Trained, *, data: str, licence: str | None, out: Path, folder
         out=str(out),
         counts={name: len(getattr(splits, name)) for name in SPLITS},
         minutes=trained.outcome.seconds / 60,
-        machine=f"{available_cpus()} CPU cores ({platform.machine()})",
+        machine=f"{available_cpus()} x {platform.machine()} core",
         images_per_second=trained.outcome.images / max(trained.outcome.seconds, 1e-9),
         validation=trained.outcome.validation,
         unit=model.unit,
@@ -143,6 +156,7 @@ def write(trained: Trained, *, data: str, licence: str | None, out: Path, folder
     manifest = _manifest(trained, out.name, session, test, licence)
     if model.kind == "density":
         calibration, text, manifest = _calibrated(trained, session, manifest, about, folder)
+        files["samples.png"] = samples(manifest, files)
     else:
         calibration = bundles.Calibration.hashes_alone(*_hashes(images, splits))
         text = card.write_plain_card(manifest, about)

@@ -106,6 +106,12 @@ cannot see an outlier whose likelihood is that of a normal image, such as a smal
 {histogram(scores, threshold)}
 ```
 
+## Drawn from it
+
+![Sixteen images drawn at temperature 1](samples.png)
+
+The first sixteen that `anomalyd sample` draws, at temperature 1.
+
 ## Strangest held-out normal images
 
 Real folders of normal images hide a few that are not. Look at these; names of wrong ones go into \

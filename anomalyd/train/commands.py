@@ -24,7 +24,7 @@ from anomalyd.errors import (
 from anomalyd.images import ImageSpec, decode
 from anomalyd.sources import open_source
 from anomalyd.train import loop
-from anomalyd.train.bundling import SPLITS, Trained, graphs, write
+from anomalyd.train.bundling import SPLITS, Trained, graphs, samples, write
 from anomalyd.train.data import TrainingData, excluded, gather, reopen
 from anomalyd.train.export import check_parity
 from anomalyd.train.models import build
@@ -314,6 +314,8 @@ def export(bundle: Path) -> int:
         raise ExportError(
             f"{bundle}: {error}; nothing was written; train or calibrate anew"
         ) from error
+    if manifest.kind == "density":
+        files["samples.png"] = samples(manifest, files)
     kept = {name: old.read(name) for name in manifest.files}
     bundles.write_bundle(bundle, manifest, kept | files, replace=True)
     say(f"{bundle}: exported again; torch against onnxruntime {parity:.1e} {model.unit}")

@@ -24,6 +24,9 @@ MODELS = {
     "gated-pixelcnn": "anomalyd.density.gated_pixelcnn:GatedPixelCNN",
     "pixelcnn": "anomalyd.density.pixelcnn:PixelCNN",
     "pixelcnn++": "anomalyd.density.pixelcnnpp:PixelCNNPP",
+    "row-lstm": "anomalyd.density.pixelrnn:RowLSTM",
+    "diagonal-bilstm": "anomalyd.density.pixelrnn:DiagonalBiLSTM",
+    "multiscale": "anomalyd.density.multiscale:Multiscale",
     "vae": "anomalyd.density.vae:VAE",
 }
 

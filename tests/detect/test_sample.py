@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,18 +19,6 @@ from anomalyd.train.export import to_sampler, to_steps
 
 SQUARE, COLOUR = ImageShape(2, 2, 1, levels=4), ImageShape(6, 5, 3, levels=16)
 DRAWS = 100_000
-
-
-@dataclass
-class FakeBundle:
-    """A bundle in memory, with what a sampler reads of one."""
-
-    manifest: object
-    files: dict[str, bytes]
-    path: Path = Path("fake")
-
-    def read(self, name: str) -> bytes:
-        return self.files[name]
 
 
 def density(shape: ImageShape, classes: int) -> GatedPixelCNN:
@@ -52,9 +38,8 @@ def sampler(made: GatedPixelCNN, classes: list[str] | None) -> Sampler:
         image=ImageSpec(shape.height, shape.width, shape.channels, shape.levels),
         classes=classes,
         priors=None if classes is None else [1 / len(classes)] * len(classes),
-        files={name: {"sha256": "", "bytes": len(data)} for name, data in files.items()},
     )
-    return Sampler(FakeBundle(manifest, files), device="cpu", threads=1)
+    return Sampler(manifest, files, "drawn", device="cpu", threads=1)
 
 
 @pytest.fixture(scope="module")
