@@ -17,7 +17,7 @@ It does not check that the graph is valid: onnxruntime does, after this.
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Iterator, Set
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, field
 
 from anomalyd.detect.manifest import Manifest
@@ -49,7 +49,9 @@ ELEMENT_TYPES = {
     11: "float64",
 }
 
-_Sides = tuple[int | str | None, ...]  # a number, "N" for what is left open, None for any
+FIXED = "fixed"
+_Sides = tuple[int | str | None, ...]  # a number, FIXED for some number, "N" for open, None: any
+_Port = tuple[str, _Sides]
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _EXTERNAL = (
@@ -260,30 +262,77 @@ def _check_scoring(graph: Graph, manifest: Manifest) -> None:
 
 
 def _check_sampler(graph: Graph, manifest: Manifest) -> None:
-    _check_is_density(manifest)
-    _check_fixed(graph, "whoever runs a sampler draws; leave it out")
     image = manifest.image
     sides = (image.height, image.width, image.channels)
-    inputs: dict[str, tuple[str, _Sides]] = {"image": ("uint8", ("N", *sides))}
-    if manifest.classes:
-        inputs["label"] = ("int64", ("N",))
-    outputs: dict[str, tuple[str, _Sides]] = {
-        "log_probs": ("float32", ("N", *sides, image.levels)),
-        "order": ("int64", sides),
-    }
-    _check_names(graph.inputs, inputs.keys(), {"latent"}, "inputs")
+    _check_drawing(
+        graph,
+        manifest,
+        {"image": ("uint8", ("N", *sides)), **_label(manifest)},
+        {"log_probs": ("float32", ("N", *sides, image.levels)), "order": ("int64", sides)},
+        optional={"latent": ("float32", ("N", FIXED))},
+    )
+
+
+def _check_row(graph: Graph, manifest: Manifest) -> None:
+    image, state = manifest.image, ("float32", ("N", FIXED))
+    _check_drawing(
+        graph,
+        manifest,
+        {
+            "row": ("uint8", ("N", image.width, image.channels)),
+            "place": ("int64", (1,)),
+            "state": state,
+        },
+        {"above": ("float32", ("N", image.width, FIXED)), "next_state": state},
+    )
+
+
+def _check_step(graph: Graph, manifest: Manifest) -> None:
+    image, state = manifest.image, ("float32", ("N", FIXED))
+    pixel = ("uint8", ("N", image.channels))
+    _check_drawing(
+        graph,
+        manifest,
+        {
+            "previous": pixel,
+            "values": pixel,
+            "above": ("float32", ("N", FIXED)),
+            "place": ("int64", (2,)),
+            "state": state,
+            **_label(manifest),
+        },
+        {"log_probs": ("float32", ("N", image.channels, image.levels)), "next_state": state},
+    )
+
+
+def _label(manifest: Manifest) -> dict[str, _Port]:
+    return {"label": ("int64", ("N",))} if manifest.classes else {}
+
+
+def _check_drawing(
+    graph: Graph,
+    manifest: Manifest,
+    inputs: Mapping[str, _Port],
+    outputs: Mapping[str, _Port],
+    optional: Mapping[str, _Port] | None = None,
+) -> None:
+    """What the graphs that images are drawn with have in common."""
+    more = optional or {}
+    _check_is_density(manifest)
+    _check_fixed(graph, "whoever runs a sampler draws; leave it out")
+    _check_names(graph.inputs, inputs.keys(), more.keys(), "inputs")
     _check_names(graph.outputs, outputs.keys())
-    known = inputs | outputs | {"latent": ("float32", ("N", None))}
-    for tensor in graph.inputs + graph.outputs:
-        _check_tensor(tensor, *known[tensor.name])
-        if tensor.name == "latent" and not isinstance((tensor.shape or (None,))[-1], int):
-            raise _Refused(f"latent must have a fixed size Z, not the shape {tensor.shape}")
+    for tensors, known in ((graph.inputs, {**inputs, **more}), (graph.outputs, outputs)):
+        for tensor in tensors:
+            _check_tensor(tensor, *known[tensor.name])
 
 
 _CHECKS = {
     "model.onnx": _check_model,
     "explain.onnx": _check_explain,
     "sampler.onnx": _check_sampler,
+    "row.onnx": _check_row,
+    "step.onnx": _check_step,
 }
 
 
@@ -316,9 +365,11 @@ def _check_names(
 def _check_tensor(tensor: Tensor, dtype: str, sides: _Sides) -> None:
     """Sides known on both sides must agree; N, where there is one, must be left open."""
     shape = tensor.shape
-    agrees = tensor.dtype == dtype and (
-        shape is None or (len(shape) == len(sides) and all(map(_side_agrees, shape, sides)))
-    )
+    if shape is None:
+        fits = FIXED not in sides
+    else:
+        fits = len(shape) == len(sides) and all(map(_side_agrees, shape, sides))
+    agrees = tensor.dtype == dtype and fits
     if not agrees:
         wanted = ", ".join("any" if side is None else str(side) for side in sides)
         raise _Refused(
@@ -328,6 +379,8 @@ def _check_tensor(tensor: Tensor, dtype: str, sides: _Sides) -> None:
 
 
 def _side_agrees(found: int | str | None, wanted: int | str | None) -> bool:
+    if wanted == FIXED:
+        return isinstance(found, int) and found > 0
     return not isinstance(found, int) or wanted is None or found == wanted
 
 

@@ -110,6 +110,12 @@ class Sampler:
         zeros = np.zeros((1, *self._shape), np.uint8)
         given = self._given(np.zeros(1, np.int64), np.zeros((1, self._latent), np.float32))
         self.order: Levels = self._run(self._graph, ["order"], {"image": zeros, **given})[0]
+        steps = np.unique(self.order)
+        if not np.array_equal(steps, np.arange(len(steps))):
+            raise BundleError(
+                f"{where}: sampler.onnx: order must count its steps from 0 without gaps; "
+                "export the bundle again"
+            )
 
     @classmethod
     def load(
