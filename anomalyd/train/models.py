@@ -28,6 +28,9 @@ MODELS = {
     "diagonal-bilstm": "anomalyd.density.pixelrnn:DiagonalBiLSTM",
     "multiscale": "anomalyd.density.multiscale:Multiscale",
     "vae": "anomalyd.density.vae:VAE",
+    "hvae": "anomalyd.density.hvae:HVAE",
+    "autoencoder": "anomalyd.density.autoencoder:Autoencoder",
+    "classifier": "anomalyd.density.classifier:Classifier",
 }
 
 
