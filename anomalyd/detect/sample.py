@@ -197,7 +197,7 @@ class Sampler:
         kept = np.zeros(self._shape, bool)
         kept[: round(self.spec.height * KEEP[keep])] = True
         # What is kept must come first: else the rest is not drawn given all of it.
-        if not kept.any() or kept.all() or self.order[kept].max() > self.order[~kept].min():
+        if not kept.any() or kept.all() or self.order[kept].max() >= self.order[~kept].min():
             raise UsageError(
                 f"--complete: {self.where} does not draw an image from the top down, so it cannot "
                 "be given a top; use a PixelCNN or a PixelRNN"
