@@ -73,7 +73,7 @@ def test_command_prints_what_readme_shows(command, shown, tmp_path):
     """Each command runs in the repository and prints the lines that stand below it."""
     if "../shared/data" in command and not (ROOT / "../shared/data").is_dir():
         pytest.skip("needs the full data sets at ../shared/data")
-    printed = run(command, ROOT)
+    printed = run(command.replace("--output ", f"--output {tmp_path}/"), ROOT)
 
     assert matches(shown, printed), printed
 
