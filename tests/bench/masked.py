@@ -1,8 +1,9 @@
 """The gated PixelCNN as it is usually written, for the benchmark to compare with.
 
 Kernels are as wide as the receptive field and multiplied by a mask, half of them by zero; a pixel
-is a softmax over all its levels, normalised before one is chosen. Features, layers, dilations and
-inputs are those of `anomalyd.density.gated_pixelcnn`, and so is, with its weights, every number.
+is a softmax over all its levels, normalised before one is chosen; classes share nothing. Features,
+layers, dilations and inputs are those of `anomalyd.density.gated_pixelcnn`, and so is, with its
+weights, every number.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from anomalyd.density.base import Autoregressive, ImageShape
 from anomalyd.density.gated_pixelcnn import GatedPixelCNN
-from anomalyd.density.layers import ClassBias, gate, per_class, position
+from anomalyd.density.layers import ClassBias, gate, position
 from anomalyd.density.likelihoods import Categorical
 
 __all__ = ["MaskedGatedPixelCNN", "from_gated"]
@@ -57,12 +58,12 @@ class MaskedLayer(nn.Module):
         self.condition = ClassBias(classes, 2 * features) if classes else None
 
     def forward(self, v: Tensor, h: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Map v (N, F, H, W) and h (N, M or 1, F, H, W) likewise, h for each of M classes."""
+        """Map v and h (N, F, H, W) likewise, given the classes (N,)."""
         above = self.vertical(v)
-        mixed = per_class(self.horizontal, h) + self.down(above).unsqueeze(1)
+        mixed = self.horizontal(h) + self.down(above)
         if self.condition is not None and labels is not None:
             mixed = mixed + self.condition(labels)
-        return gate(above, 1), h + per_class(self.out, gate(mixed, 2))
+        return gate(above, 1), h + self.out(gate(mixed, 1))
 
 
 class FullSoftmax(Categorical):
@@ -103,10 +104,14 @@ class MaskedGatedPixelCNN(Autoregressive):
     def context(self, inputs: Tensor, labels: Tensor | None = None) -> Tensor:
         """Return what each pixel's distribution is conditioned on, (N, M, F, H, W)."""
         x = torch.cat([inputs, self.position.expand(inputs.shape[0], -1, -1, -1)], dim=1)
-        v, h = self.first_vertical(x), self.first_horizontal(x).unsqueeze(1)
+        classes = 1
+        if labels is not None:  # one pass of everything for each class
+            classes = labels.shape[1]
+            x, labels = x.repeat_interleave(classes, dim=0), labels.flatten()
+        v, h = self.first_vertical(x), self.first_horizontal(x)
         for layer in self.layers:
             v, h = layer(v, h, labels)
-        return h
+        return h.unflatten(0, (-1, classes))
 
 
 def from_gated(density: GatedPixelCNN) -> MaskedGatedPixelCNN:
