@@ -279,7 +279,6 @@ def test_muon_minimises():
     [
         ({"model": "pixelcm"}, "no such model"),
         ({"model": None}, "--model NAME"),
-        ({"labels": True}, "--labels"),
         ({"minutes": 1.0, "epochs": 1.0}, "contradict"),
         ({"resume": True}, "no interrupted run"),
         ({"recipe": Path("absent.toml")}, "cannot be read"),
