@@ -219,18 +219,25 @@ def check_parity(
     return worst
 
 
-def _strip_traces(proto: object) -> None:
+def _strip_traces(proto: Any) -> None:
     """Drop stack traces that the exporter notes on every node: paths of the machine it ran on."""
-    graph = proto.graph  # type: ignore[attr-defined]
+    _strip_graph(proto.graph)
+    del proto.metadata_props[:]
+
+
+def _strip_graph(graph: Any) -> None:
     for node in graph.node:
         del node.metadata_props[:]
         node.doc_string = ""
+        for attribute in node.attribute:  # the bodies of scans
+            if attribute.HasField("g"):
+                _strip_graph(attribute.g)
     for value in (*graph.value_info, *graph.input, *graph.output, *graph.initializer):
         value.doc_string = ""
         if hasattr(value, "metadata_props"):
             del value.metadata_props[:]
     del graph.metadata_props[:]
-    del proto.metadata_props[:]  # type: ignore[attr-defined]
+    graph.doc_string = ""
 
 
 @contextlib.contextmanager

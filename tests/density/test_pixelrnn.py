@@ -198,6 +198,11 @@ def exported(request):
     return density, to_onnx(density)
 
 
+def test_graph_tells_nothing_of_the_machine_it_was_exported_on(exported):
+    """No path of a source file is left in it, not even inside the scans."""
+    assert b"anomalyd/density" not in exported[1]
+
+
 def test_graph_holds_one_scan_a_layer_of_a_step_per_line(exported):
     """The recurrences are Scan nodes: 5 steps for 5 rows, 55 for the diagonals of 28x28."""
     density, graph = exported
