@@ -8,11 +8,14 @@ the fonts, white on black, at random in size, place and slant; two renderings:
 
 The same seed gives the same images wherever fonts and FreeType are the same. Characters that look
 like digits are left out everywhere, so that no "outlier" is a digit.
+
+    python tests/bench/glyphs.py        the packages, for apt-get install; `make fonts` does it
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -21,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-__all__ = ["GLYPHS", "Glyphs", "MissingFont", "draw"]
+__all__ = ["GLYPHS", "Glyphs", "draw", "missing"]
 
 FONTS = Path("/usr/share/fonts")
 SIDE = 28
@@ -30,10 +33,6 @@ NOWHERE = "\U0010ffff"  # in no font: drawn, it is the box that stands for a mis
 CENTRED, LARGE = (19, 20), (25, 28)  # pixels of the longer side
 SLANT = 8.0  # degrees, a standard deviation
 STROKE = (2.0, 3.4)  # pixels, as the pens of MNIST are
-
-
-class MissingFont(Exception):
-    """A set whose fonts are not installed; the message says how they are."""
 
 
 @dataclass(frozen=True)
@@ -68,9 +67,9 @@ DIGIT_LIKE = frozenset(
     "ვიპკნბ"  # Georgian
     "ՕօՑցՏջշլՁձ"  # Armenian
     "ᏮᏃᎥᏞᏚᎾᎤᏏᎶᏎᏭᏕᏯᏳᏀ"  # Cherokee
-    "ᛁᛧᛐᛚᛙᛌᛍ"  # Runic
+    "ᛁᛧᛐᛚᛙᛌᛍᛜ"  # Runic
     "〇一口丨丿亅囗ロノヘしつろるらうてフ"  # Han and kana
-    "○◯●⚪⚫⬤❍❘❙❚∘∙∣∥∕∖"  # symbols
+    "○◯●⚪⚫⬤❍❘❙❚▮▯∘∙∣∥∕∖⫿"  # symbols
 )
 NOTO = "fonts-noto-core"
 
@@ -83,7 +82,7 @@ def _noto(script: str, *characters: range, kinds: tuple[str, ...] = ("Sans", "Se
 GLYPHS = {
     "latin-sans": Glyphs(
         "fonts-liberation",
-        ("truetype/liberation/LiberationSans-*.ttf", "truetype/liberation/LiberationSansN*.ttf"),
+        ("truetype/liberation/LiberationSans*.ttf",),
         (LATIN,),
         unseen=False,
     ),
@@ -178,6 +177,18 @@ GLYPHS = {
 """Name of set -> where it comes from."""
 
 
+def missing(names: Iterable[str]) -> list[str]:
+    """The packages that still have to be installed for sets of these names, sorted."""
+    return sorted(
+        {
+            package
+            for name in names
+            if not all(any(FONTS.glob(pattern)) for pattern in GLYPHS[name].fonts)
+            for package in GLYPHS[name].package.split()
+        }
+    )
+
+
 def draw(name: str, n: int, rng: np.random.Generator, *, large: bool) -> NDArray[np.uint8]:
     """Images of a set: uint8 (n, 28, 28), 0 the ground and 255 the ink.
 
@@ -188,10 +199,15 @@ def draw(name: str, n: int, rng: np.random.Generator, *, large: bool) -> NDArray
         large: which rendering.
 
     Raises:
-        MissingFont: naming the packages.
+        OSError: fonts are missing, naming the packages.
     """
+    if packages := missing([name]):
+        raise FileNotFoundError(
+            f"glyph set {name}: its fonts are not installed; as root, `apt-get install "
+            f"{' '.join(packages)}`, or `make fonts` for those of all sets"
+        )
     glyphs = GLYPHS[name]
-    fonts = [font for pattern in glyphs.fonts for font in _fonts(name, pattern)]
+    fonts = sorted(path for pattern in glyphs.fonts for path in FONTS.glob(pattern))
     characters = [
         character
         for part in glyphs.characters
@@ -206,17 +222,6 @@ def draw(name: str, n: int, rng: np.random.Generator, *, large: bool) -> NDArray
             ink = _ink(font, characters[rng.integers(len(characters))], rng, pen=glyphs.pen)
         _place(image, ink, rng, large=large)
     return images
-
-
-def _fonts(name: str, pattern: str) -> list[Path]:
-    found = sorted(FONTS.glob(pattern))
-    if not found:
-        packages = GLYPHS[name].package
-        raise MissingFont(
-            f"{name}: no font {FONTS / pattern} on this machine; install it with "
-            f"`apt-get install {packages}`, or all of them with `make fonts`, as root"
-        )
-    return found
 
 
 @cache
@@ -270,3 +275,7 @@ def _place(
         middle = mass.sum(axis=(1, 2)) + 0.5
         top, left = np.clip(np.rint(SIDE / 2 - middle).astype(int), 0, room)
     image[top : top + height, left : left + width] = small
+
+
+if __name__ == "__main__":
+    print(*sorted({package for glyphs in GLYPHS.values() for package in glyphs.package.split()}))

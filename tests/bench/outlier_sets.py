@@ -55,7 +55,7 @@ def outlier_set(
 
     Raises:
         ValueError: no set of that name.
-        MissingFont: naming the packages.
+        OSError: fonts are missing, naming the packages.
     """
     if name not in NAMES:
         raise ValueError(f"outlier set {name!r}: there is none; there are {', '.join(NAMES)}")
