@@ -96,11 +96,11 @@ def calibrate(
     old = detector.calibration
     if refit:
         new, old = _refit(detector, new)
-    score = make_score(detector.manifest.score_name, old.fit_nll)
+    score = make_score(detector.manifest.score_name, old.fit)
     n = len(new)
     calibration = dataclasses.replace(
         old,
-        scores=np.sort(score(detector.nll(new.raw))),
+        scores=np.sort(score(detector.nll(new.raw), new.raw.statistics)),
         p_table=conformal.p_table(n, confidence),
         calibration_hashes=np.sort(new.hashes),
     )
@@ -149,8 +149,7 @@ def _refit(detector: Detector, new: Collected) -> tuple[Collected, Calibration]:
     old = detector.calibration
     calibration = dataclasses.replace(
         old,
-        fit_nll=np.sort(detector.nll(fit.raw)),
-        fit_statistics=fit.raw.statistics,
+        **Calibration.by_nll(detector.nll(fit.raw), fit.raw.statistics),
         training_hashes=np.union1d(old.training_hashes, fit.hashes),
     )
     return rest, calibration

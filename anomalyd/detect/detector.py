@@ -109,7 +109,7 @@ class Detector:
         self.session = session
         self.spec: ImageSpec = bundle.manifest.image
         try:
-            self._score = make_score(bundle.manifest.score_name, bundle.calibration.fit_nll)
+            self._score = make_score(bundle.manifest.score_name, bundle.calibration.fit)
         except BundleError as error:
             raise BundleError(f"bundle {bundle.path}: {error}") from None
         self._fit_statistics = np.sort(bundle.calibration.fit_statistics, axis=0)
@@ -203,7 +203,7 @@ class Detector:
     def columns(self, raw: Raw, alpha: float) -> Judged:
         """The verdicts on N images as arrays."""
         nll = self.nll(raw)
-        score = self._score(nll)
+        score = self._score(nll, raw.statistics)
         p_value = conformal.p_values(score, self.calibration.scores, self.calibration.p_table)
         bits_per_dim = nll / (self.dimensions * math.log(2))
         return Judged(bits_per_dim, score, p_value, p_value <= alpha)

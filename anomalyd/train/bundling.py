@@ -17,7 +17,7 @@ from anomalyd.detect import conformal
 from anomalyd.detect.pipeline import collect
 from anomalyd.detect.runtime import CPU, CUDA, Raw, Session, available_cpus
 from anomalyd.detect.sample import Sampler, grid
-from anomalyd.detect.statistics import negative_log_likelihood, typicality
+from anomalyd.detect.statistics import Fit, make_score, negative_log_likelihood
 from anomalyd.errors import SourceError
 from anomalyd.sources import open_source
 from anomalyd.train import card, report
@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 __all__ = ["SPLITS", "Trained", "graphs", "samples", "write"]
 
 SPLITS = ("train", "validation", "fit", "calibration")
+SCORE = "density_of_states"
+"""What verdicts rest on."""
 PARITY_IMAGES = 64
 STRANGEST = 20
 UNITS = {
@@ -48,6 +50,7 @@ UNITS = {
     "log_posterior": "nats",
     "nll_map": "nats",
     "embedding": "1",
+    "excess_map": "1",
 }
 
 
@@ -194,14 +197,14 @@ def _calibrated(
     images, splits = trained.images, trained.splits
     fit = _scored(session, images.pixels, splits.fit, "fit split")
     held_out = _scored(session, images.pixels, splits.calibration, "calibration split")
-    fit_nll = np.sort(negative_log_likelihood(fit.log_likelihood, manifest.priors))
+    fit_nll = negative_log_likelihood(fit.log_likelihood, manifest.priors)
     nll = negative_log_likelihood(held_out.log_likelihood, manifest.priors)
-    scores = typicality(nll, fit_nll)
+    score = make_score(manifest.score_name, Fit(fit_nll, fit.statistics))
+    scores = score(nll, held_out.statistics)
     n = len(scores)
     training, calibrating = _hashes(images, splits)
     calibration = bundles.Calibration(
-        fit_nll=fit_nll,
-        fit_statistics=fit.statistics,
+        **bundles.Calibration.by_nll(fit_nll, fit.statistics),
         scores=np.sort(scores),
         p_table=conformal.p_table(n),
         training_hashes=training,
@@ -216,14 +219,14 @@ def _calibrated(
     rank = int(np.searchsorted(calibration.p_table, alpha, side="right"))
     threshold = float(calibration.scores[n - rank]) if rank else float(calibration.scores[-1])
     text = card.write_card(manifest, about, calibration.scores, threshold, strangest)
-    table, picture = report.write_strangest(folder, strangest, sheet)
+    listed, picture = report.write_strangest(folder, strangest, sheet)
     say(f"alpha {alpha:g} from {n:,} calibration images")
     if alpha > conformal.DEFAULT_ALPHA:
         say(
             f"{n} calibration images allow no smaller alpha than {alpha:g}; for "
             f"{conformal.DEFAULT_ALPHA} calibrate with {conformal.images_needed(0.01)}"
         )
-    say(f"look at the {len(strangest)} strangest held-out normals: {picture}, {table}")
+    say(f"look at the {len(strangest)} strangest held-out normals: {picture}, {listed}")
     return calibration, text, manifest
 
 
@@ -286,7 +289,7 @@ def _manifest(
         created=datetime.now(UTC).replace(microsecond=0).isoformat(),
         image=trained.spec,
         likelihood=model.likelihood if isinstance(model, Density) else "none",
-        score_name="typicality" if model.kind == "density" else "none",
+        score_name=SCORE if model.kind == "density" else "none",
         guarantee={"kind": "marginal", "confidence": None},
         classes=trained.classes or None,
         priors=trained.priors,
