@@ -100,9 +100,9 @@ live normal images are exchangeable with the calibration images. After a change 
 or product they are not: run `anomalyd calibrate` on new normal images.
 
 The score is the distance to the nearest of the normal images that were set aside to fit it, in \
-{columns} columns made comparable by their ranks: -log p(x) and the statistics {statistics}. It is \
-no probability, and nothing is promised about outliers: flips, small changes of contrast and other \
-images with the statistics of normal ones pass. `anomalyd evaluate` measures what is caught.
+{columns} columns made comparable by their ranks: -log p(x) and the statistics {statistics}. It \
+is no probability, and nothing is promised about outliers: flips, small changes of contrast and \
+others that have the statistics of normal images pass. `anomalyd evaluate` measures what is caught.
 
 ## Scores of the calibration images
 

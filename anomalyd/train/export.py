@@ -235,7 +235,7 @@ def _name_outputs(graph: Any, outputs: list[str]) -> None:
     for node in graph.node:
         node.input[:] = [names.get(name, name) for name in node.input]
         node.output[:] = [names.get(name, name) for name in node.output]
-    for value in (*graph.value_info, *graph.output):
+    for value in (*graph.value_info, *graph.output, *graph.initializer):
         value.name = names.get(value.name, value.name)
 
 
