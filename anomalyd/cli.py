@@ -273,7 +273,7 @@ def score(
     """Judge every image in PATH... and print one verdict an image, in order."""
     from anomalyd.detect.detector import Detector
     from anomalyd.detect.output import file_format
-    from anomalyd.detect.score import Scoring, score_to_file, score_to_stream
+    from anomalyd.detect.score import Scoring, check_fdr, score_to_file, score_to_stream
     from anomalyd.sources import open_paths
 
     if resume and output is None:
@@ -283,6 +283,14 @@ def score(
     detector = Detector.load(bundle, device=device)
     scoring = Scoring(detector.alpha(alpha), fdr=fdr, explain=explain, heatmaps=heatmaps)
     source = open_paths(paths)
+    if fdr is not None:
+        n, m = detector.manifest.calibration_n, len(source)
+        fewest = check_fdr(detector, fdr, m)
+        _say(f"--fdr {fdr:g}: on average over batches at most {fdr:g} of the flags are false")
+        _say(
+            f"with {n:,} calibration and {m:,} batch images no fewer than {fewest:,} flags are "
+            "possible, or none"
+        )
     with _progress("scoring", len(source)) as advance:
         if output is None:
             summary = score_to_stream(

@@ -146,6 +146,16 @@ def test_score_prints_data_on_stdout_and_a_summary_on_stderr(run, bundle, images
     assert "outliers at alpha 0.01" in err
 
 
+def test_score_says_what_a_false_discovery_rate_promises(run, bundle, images):
+    """The promise, and the fewest flags that n calibration and m batch images allow."""
+    code, out, err = run("score", bundle, images, "--format", "jsonl", "--fdr", "0.1")
+    assert code == 0
+    assert "on average over batches at most 0.1 of the flags are false" in err
+    assert "with 199 calibration and 21 batch images no fewer than 2 flags are possible" in err
+    assert err.splitlines()[-1].startswith("21 images, ")
+    assert sum(json.loads(line)["outlier"] for line in out.splitlines()) in (0, *range(2, 22))
+
+
 def test_unreadable_inputs_are_exit_code_3(run, bundle, images, tmp_path):
     """Named in their rows, and nothing else is lost."""
     (tmp_path / "broken.png").write_bytes((images / "white.png").read_bytes()[:40])
@@ -171,6 +181,7 @@ def test_errors_are_one_line(run, bundle, images, tmp_path):
         (["score", bundle, images, "--alpha", "2"], 2, "between 0 and 1"),
         (["score", bundle, images, "--alpha", "x"], 2, "--alpha"),
         (["score", bundle, images, "--fdr", "2"], 2, "--fdr"),
+        (["score", bundle, images, "--fdr", "1e-3"], 1, "--fdr 0.001 needs 999 calibration"),
         (["score", bundle, images, "--output", tmp_path / "x.txt"], 2, ".parquet"),
         (["score", bundle, images, "--output", tmp_path / "no/x.csv"], 1, "cannot be written"),
         (["score", bundle, images, "--resume"], 2, "--output"),
