@@ -27,11 +27,24 @@ from anomalyd.errors import UsageError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["FALSE_POSITIVES", "PixelCounts", "regions"]
+__all__ = ["FALSE_POSITIVES", "Localisation", "PixelCounts", "regions"]
 
 FALSE_POSITIVES = 0.3  # AUPRO: beyond this rate a map helps nobody
 BITS = 18
 LEVELS = 1 << BITS
+
+
+@dataclass(frozen=True)
+class Localisation:
+    """How well maps point.
+
+    Attributes:
+        pixel_auroc: over all pixels, in [0, 1].
+        aupro: over all regions, up to a rate of false positive pixels of 0.3, in [0, 1].
+    """
+
+    pixel_auroc: float
+    aupro: float
 
 
 def _zeros() -> NDArray[np.float64]:
@@ -84,6 +97,10 @@ class PixelCounts:
     def __bool__(self) -> bool:
         """Whether there are both marked and unmarked pixels, which every measure needs."""
         return bool(self.marked.any() and self.unmarked.any())
+
+    def localisation(self) -> Localisation | None:
+        """Both measures, or None where they are not defined."""
+        return Localisation(self.pixel_auroc(), self.aupro()) if self else None
 
     def pixel_auroc(self) -> float:
         """P(marked pixel > unmarked pixel) + P(equal) / 2, in [0, 1].
