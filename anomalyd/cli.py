@@ -206,6 +206,12 @@ def calibrate(
     show_default=True,
     help="What to print.",
 )
+@click.option("--report", type=PATH, metavar="FILE.html", help="Write a page with figures.")
+@click.option(
+    "--thumbnails/--no-thumbnails",
+    default=True,
+    help="Whether images stand in the report  [default: yes]",
+)
 @device
 def evaluate(
     bundle: Path,
@@ -218,13 +224,19 @@ def evaluate(
     limit: int | None,
     seed: int,
     kind: str,
+    report: Path | None,
+    thumbnails: bool,
     device: str,
 ) -> int:
     """Measure false alarms on normal images, and what is caught of outliers."""
     named = _named(outliers)
     from anomalyd.detect.detector import Detector
     from anomalyd.detect.evaluate import evaluate as run
+    from anomalyd.detect.report import check_report, write_report
     from anomalyd.sources import open_evaluation, open_source
+
+    if report is not None:
+        check_report(report)
 
     detector = Detector.load(bundle, device=device)
     detector.alpha(alpha)
@@ -255,6 +267,9 @@ def evaluate(
             _say(f"{name}: {len(seen)} images left out, seen in training: {_some(seen)}")
     for warning in result.warnings:
         _say(f"warning: {warning}")
+    if report is not None:
+        write_report(report, result, detector, masks=given.masks, thumbnails=thumbnails)
+        _say(f"{report} written")
     if kind == "json":
         _print_json(result.to_dict())
     else:
@@ -628,7 +643,8 @@ def _print_evaluation(result: Evaluated) -> None:
     from rich.console import Console
 
     # Piped, a table is as wide as it needs; on a terminal it folds.
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 10_000)
+    width = None if sys.stdout.isatty() else 10_000
+    console = Console(highlight=False, markup=False, emoji=False, width=width)
     level = result.level
     low, high = level.band
     console.print(
@@ -646,14 +662,7 @@ def _print_evaluation(result: Evaluated) -> None:
         console.print()
         console.print(_table(*_score_rows(result)))
     console.print()
-    for name, found in result.outliers.items():
-        batches = found.discoveries
-        console.print(
-            f"{name}: flagged by --fdr {result.fdr:g} in batches of {batches.batch:,}, "
-            f"{batches.outliers:,} of them outliers: mean share of false flags "
-            f"{batches.mean_fdp:.4f} (standard error {batches.standard_error:.4f}), "
-            f"caught {batches.power:.4f}"
-        )
+    console.print(_table(*_batch_rows(result)))
 
 
 def _verdict_rows(result: Evaluated) -> tuple[list[str], list[list[str]]]:
@@ -683,6 +692,18 @@ def _score_rows(result: Evaluated) -> tuple[list[str], list[list[str]]]:
         for score in result.normal.scores
     ]
     return ["AUROC by score", *result.outliers], rows
+
+
+def _batch_rows(result: Evaluated) -> tuple[list[str], list[list[str]]]:
+    """One row a set: what was flagged in batches with its outliers."""
+    headings = [f"flagged by --fdr {result.fdr:g}", "batch", "outliers in it"]
+    headings += ["false flags, mean", "standard error", "caught"]
+    rows = []
+    for name, found in result.outliers.items():
+        batches = found.discoveries
+        row = [name, f"{batches.batch:,}", f"{batches.outliers:,}", f"{batches.mean_fdp:.4f}"]
+        rows.append([*row, f"{batches.standard_error:.4f}", f"{batches.power:.4f}"])
+    return headings, rows
 
 
 def _interval(ends: tuple[float, float]) -> str:

@@ -49,7 +49,7 @@ ALPHAS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1)
 FDR = 0.1
 NORMAL = "normal"
 SEEN_LIMIT = 0.01  # share of images that training or calibration may have seen
-SHOWN = 12  # images of a set that are worth a look
+SHOWN = 8  # images of a set that are worth a look
 DIGITS = 6
 
 
@@ -531,9 +531,9 @@ def _doubts(level: Level, sets: Mapping[str, OutlierSet]) -> Iterator[str]:
     for name, found in sets.items():
         if found.telltale.suspicious:
             yield (
-                f"{name}: {found.telltale.feature} alone, without a look at the pixels, tells "
-                f"these outliers with AUROC {found.telltale.auroc:.3f}; scores may do so by "
-                "traces of it"
+                f"{name}: {found.telltale.feature} alone tells these outliers with AUROC "
+                f"{found.telltale.auroc:.3f}, without a look at the pixels; a score may do well "
+                "by traces of that"
             )
 
 
