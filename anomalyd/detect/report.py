@@ -156,7 +156,7 @@ def html(
     """The page; arguments as for `write_report`."""
     sections = [_heading(result, detector), _alphas(result)]
     if result.outliers:
-        sections += [_sets(result), _scores(result)]
+        sections += [_sets(result), _batches(result), _scores(result)]
     sections.append(_histograms(result, detector))
     if result.outliers:
         sections.append(
@@ -207,11 +207,15 @@ def _heading(result: Evaluated, detector: Detector) -> str:
         if detector.confidence is None
         else f"with {detector.confidence:.4g} confidence over the calibration set drawn"
     )
+    seen = [f"{len(names):,} of {name}" for name, names in result.seen.items() if names]
+    left_out = [f"seen in training or calibration: {', '.join(seen)}"] * bool(seen)
+    left_out += [f"could not be read: {len(result.unreadable):,}"] * bool(result.unreadable)
+    missing = f"Left out: {'; '.join(left_out)}." if left_out else ""
     warnings = "".join(f"<li>{escape(warning)}</li>" for warning in result.warnings)
     return (
         f"<header><h1>{escape(result.bundle)}</h1>"
         f'<p class="soft">Evaluation of {_today()}, bundle version {escape(manifest.version)} of '
-        f"{escape(manifest.created[:10])}</p></header>"
+        f"{escape(manifest.created[:10])}. {escape(missing)}</p></header>"
         f"<dl>{''.join(f'<div><dt>{k}</dt><dd>{v}</dd></div>' for k, v in facts.items())}</dl>"
         + (f'<div class="box warning"><h3>Read this first</h3><ul>{warnings}</ul></div>')
         * bool(warnings)
@@ -265,22 +269,6 @@ def _sets(result: Evaluated) -> str:
         blank = [""] * 5
         cells = ["all masks", *blank, f"{where.pixel_auroc:.4f}", f"{where.aupro:.4f}", ""]
         rows.append(("chosen", cells))
-    batches = [
-        (
-            "",
-            [
-                escape(name),
-                f"{found.discoveries.batch:,}",
-                f"{found.discoveries.outliers:,}",
-                _number(
-                    found.discoveries.mean_fdp,
-                    f"± {2 * found.discoveries.standard_error:.4f}",
-                ),
-                f"{found.discoveries.power:.4f}",
-            ],
-        )
-        for name, found in result.outliers.items()
-    ]
     maps = (
         f"<p>AUPRO is integrated to a false positive rate of {FALSE_POSITIVES:g} and divided by "
         "it; normal images count as unmarked pixels.</p>"
@@ -293,13 +281,23 @@ def _sets(result: Evaluated) -> str:
         "pixels; well above 0.5, the other figures are in doubt.</p>"
         + _table(headings, rows)
         + (maps if where else "")
-        + f"<h3>Batches flagged at a false discovery rate of {result.fdr:g}</h3>"
+    )
+
+
+def _batches(result: Evaluated) -> str:
+    rows = []
+    for name, found in result.outliers.items():
+        batches = found.discoveries
+        cells = [escape(name), f"{batches.batch:,}", f"{batches.outliers:,}"]
+        cells += [_number(batches.mean_fdp, f"± {2 * batches.standard_error:.4f}")]
+        rows.append(("", [*cells, f"{batches.power:.4f}"]))
+    headings = ["outliers", "batch", "outliers in it", "mean share of false flags", "caught"]
+    return (
+        f"<h3>Batches flagged at a false discovery rate of {result.fdr:g}</h3>"
         f"<p>{SPLITS} random splits, each with a calibration set of its own drawn from the pooled "
         f"scores and a batch with {100 * SHARE:g} % outliers. The mean share of false flags is "
         f"promised to be at most {result.fdr:g}; small print: two standard errors.</p>"
-        + _table(
-            ["outliers", "batch", "outliers in it", "mean share of false flags", "caught"], batches
-        )
+        + _table(headings, rows)
     )
 
 

@@ -159,6 +159,16 @@ def test_normal_images_alone_are_worth_a_page(detector, sources):
     assert len(pictures(page)) == SHOWN
 
 
+def test_what_was_left_out_is_counted(detector, tmp_path):
+    """Images seen in training, and what could not be read."""
+    images = np.concatenate([tiny.draw(200, seed=64), tiny.draw(1, seed=1)])
+    np.save(tmp_path / "x.npy", images)
+    (tmp_path / "y.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    page = html(evaluate(detector, open_source(tmp_path), {}), detector)
+    said = "Left out: seen in training or calibration: 1 of normal; could not be read: 1."
+    assert said in page
+
+
 def test_the_same_evaluation_gives_the_same_page(page, result, detector):
     """Byte for byte, figures too."""
     assert html(result, detector) == page
