@@ -120,7 +120,15 @@ def samples(manifest: bundles.Manifest, files: Mapping[str, bytes]) -> bytes:
     return png.getvalue()
 
 
-def write(trained: Trained, *, data: str, licence: str | None, out: Path, folder: Path) -> None:
+def write(
+    trained: Trained,
+    *,
+    data: str,
+    licence: str | None,
+    out: Path,
+    folder: Path,
+    init: str | None = None,
+) -> None:
     """Write the bundle `out`, and the report on its strangest images into `folder`.
 
     Args:
@@ -129,6 +137,7 @@ def write(trained: Trained, *, data: str, licence: str | None, out: Path, folder
         licence: of the weights.
         out: the bundle's folder.
         folder: the run's folder.
+        init: the bundle that the weights started from.
 
     Raises:
         ExportError: onnxruntime does not give torch's numbers.
@@ -155,6 +164,8 @@ def write(trained: Trained, *, data: str, licence: str | None, out: Path, folder
         parity=parity,
         test=test.images,
         accuracy=test.accuracy,
+        init=init,
+        minutes_before=_minutes(init) if init else 0.0,
     )
     manifest = _manifest(trained, out.name, session, test, licence)
     if model.kind == "density":
@@ -184,6 +195,10 @@ def write(trained: Trained, *, data: str, licence: str | None, out: Path, folder
         say(f"{out}: accuracy {test.accuracy:.4f} on the test split")
     else:
         say(f"{out}: {trained.outcome.validation:.4f} {model.unit} on the validation split")
+
+
+def _minutes(bundle: str) -> float:
+    return card.minutes_of(bundles.read_bundle(bundle).read("CARD.md").decode())
 
 
 def _calibrated(
