@@ -45,7 +45,7 @@ alpha = click.option(
 group = click.option(
     "--group",
     metavar="REGEX|COLUMN",
-    help="Never split a group: a regular expression on the path, or a column.",
+    help="Never split a group: a regular expression on the path, a column, or TABLE.csv:COLUMN.",
 )
 bundle = click.argument("bundle", type=PATH)
 
@@ -107,8 +107,9 @@ def anomalyd() -> None:
 @click.option("--seed", type=int, metavar="S", help="Seed of weights, splits and data order.")
 @click.option(
     "--on-mismatch",
-    type=click.Choice(("refuse", "crop", "resize")),
-    help="What to do with images of another shape  [default: refuse]",
+    type=click.Choice(("refuse", "crop", "resize", "tile")),
+    help="What to do with images of another shape; tile scores large photographs piece by piece "
+    "[default: refuse]",
 )
 @click.option("--licence", metavar="TEXT", help="Licence of the weights, for the bundle's card.")
 def train(channels: str | None, **options: Any) -> int:

@@ -15,7 +15,7 @@ from anomalyd.detect import conformal
 from anomalyd.detect.bundle import Calibration, Guarantee, pack_calibration, write_bundle
 from anomalyd.detect.detector import Detector
 from anomalyd.detect.pipeline import Collected, collect
-from anomalyd.detect.statistics import make_score
+from anomalyd.detect.statistics import negative_log_likelihood
 from anomalyd.errors import CalibrationError, SourceError
 
 if TYPE_CHECKING:
@@ -96,11 +96,11 @@ def calibrate(
     old = detector.calibration
     if refit:
         new, old = _refit(detector, new)
-    score = make_score(detector.manifest.score_name, old.fit_nll)
     n = len(new)
+    judge = Detector(dataclasses.replace(detector.bundle, calibration=old), detector.session)
     calibration = dataclasses.replace(
         old,
-        scores=np.sort(score(detector.nll(new.raw))),
+        scores=np.sort(judge.scores(new.raw)),
         p_table=conformal.p_table(n, confidence),
         calibration_hashes=np.sort(new.hashes),
     )
@@ -149,7 +149,7 @@ def _refit(detector: Detector, new: Collected) -> tuple[Collected, Calibration]:
     old = detector.calibration
     calibration = dataclasses.replace(
         old,
-        fit_nll=np.sort(detector.nll(fit.raw)),
+        fit_nll=np.sort(negative_log_likelihood(fit.raw.log_likelihood, detector.manifest.priors)),
         fit_statistics=fit.raw.statistics,
         training_hashes=np.union1d(old.training_hashes, fit.hashes),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from itertools import islice
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
-from anomalyd.detect import conformal
+from anomalyd.detect import conformal, tiling
 from anomalyd.detect.bundle import Bundle, Calibration, Manifest, read_bundle
 from anomalyd.detect.golden import open_session
 from anomalyd.detect.runtime import Raw, Session
@@ -112,6 +112,7 @@ class Detector:
             self._score = make_score(bundle.manifest.score_name, bundle.calibration.fit_nll)
         except BundleError as error:
             raise BundleError(f"bundle {bundle.path}: {error}") from None
+        self._fit_scores = np.sort(self._score(bundle.calibration.fit_nll))
         self._fit_statistics = np.sort(bundle.calibration.fit_statistics, axis=0)
 
     @classmethod
@@ -182,12 +183,15 @@ class Detector:
         if isinstance(images, str | Path | bytes | bytearray | memoryview) or (
             isinstance(images, np.ndarray) and images.ndim <= 3
         ):
-            return self.judge(self.session.run(self._pixels(images)[None]), level)[0]
+            return self.judge(self.run([self._pixels(images)]), level)[0]
         verdicts: list[Verdict] = []
-        for batch in _batches(images, self.session.batch):
-            pixels = np.stack([self._pixels(image) for image in batch])
-            verdicts += self.judge(self.session.run(pixels), level)
+        for batch in _batches(images, 1 if self.spec.tiled else self.session.batch):
+            verdicts += self.judge(self.run([self._pixels(image) for image in batch]), level)
         return verdicts
+
+    def run(self, images: Sequence[NDArray[np.uint8]], *, nll_map: bool = False) -> Raw:
+        """Raw scores of images from `to_pixels`, whole or in tiles as the bundle says."""
+        return tiling.run(self.session, self.spec, images, nll_map=nll_map)
 
     def alpha(self, asked: float | None) -> float:
         """The alpha to use: the bundle's default, or the one asked for if it can be reached.
@@ -203,7 +207,7 @@ class Detector:
     def columns(self, raw: Raw, alpha: float) -> Judged:
         """The verdicts on N images as arrays."""
         nll = self.nll(raw)
-        score = self._score(nll)
+        score = self.scores(raw)
         p_value = conformal.p_values(score, self.calibration.scores, self.calibration.p_table)
         bits_per_dim = nll / (self.dimensions * math.log(2))
         return Judged(bits_per_dim, score, p_value, p_value <= alpha)
@@ -224,8 +228,17 @@ class Detector:
         ]
 
     def nll(self, raw: Raw) -> NDArray[np.float64]:
-        """-log p(x): float64 (N,) nats, finite; with classes p(x) = sum over y of p(y) p(x|y)."""
-        return negative_log_likelihood(raw.log_likelihood, self.manifest.priors)
+        """-log p(x): float64 (N,) nats, finite; with classes p(x) = sum over y of p(y) p(x|y).
+
+        Of an image in tiles the mean over them.
+        """
+        rows = negative_log_likelihood(raw.log_likelihood, self.manifest.priors)
+        return tiling.per_image(rows, raw.tiles)
+
+    def scores(self, raw: Raw) -> NDArray[np.float64]:
+        """What verdicts rest on: float64 (N,), finite, higher is stranger."""
+        rows = negative_log_likelihood(raw.log_likelihood, self.manifest.priors)
+        return tiling.image_scores(self._score(rows), raw.tiles, self._fit_scores)
 
     def explain(self, raw: Raw, row: int) -> dict[str, dict[str, Any]]:
         """Each statistic of one image with where it stands among the fit split's.

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnxruntime as ort
@@ -43,29 +44,51 @@ FAILURES: tuple[type[Exception], ...] = (
 
 @dataclass(frozen=True, eq=False)
 class Raw:
-    """What the graph says about N images.
+    """What the graph says about N images, in R rows: R is N, or their tiles one after the other.
 
     Attributes:
-        log_likelihood: float64 (N, K), nats; K is 1 without classes, 0 without a density.
-        statistics: float32 (N, S), named in the manifest.
-        nll_map: float32 (N, H, W), nats per pixel; None where it was not asked for.
+        log_likelihood: float64 (R, K), nats; K is 1 without classes, 0 without a density.
+        statistics: float32 (R, S), named in the manifest.
+        nll_map: float32 (N, H, W), nats per pixel, or a list of N (H, W) where images are tiled
+            and differ in size; None where it was not asked for.
         log_posterior: float32 (N, K), nats: log p(y|x); None where the graph is no classifier.
         embedding: float32 (N, E); None where it was not asked for.
+        tiles: intp (N,), how many rows each image has; None for one each.
     """
 
     log_likelihood: NDArray[np.float64]
     statistics: NDArray[np.float32]
-    nll_map: NDArray[np.float32] | None = None
+    nll_map: NDArray[np.float32] | list[NDArray[np.float32]] | None = None
     log_posterior: NDArray[np.float32] | None = None
     embedding: NDArray[np.float32] | None = None
+    tiles: NDArray[np.intp] | None = None
 
     def __len__(self) -> int:
-        return len(self.log_likelihood)
+        return len(self.log_likelihood if self.tiles is None else self.tiles)
 
-    def __getitem__(self, rows: slice | NDArray[np.intp] | NDArray[np.bool_]) -> Raw:
-        optional = (self.nll_map, self.log_posterior, self.embedding)
-        chosen = (None if array is None else array[rows] for array in optional)
-        return Raw(self.log_likelihood[rows], self.statistics[rows], *chosen)
+    def __getitem__(self, images: slice | NDArray[np.intp] | NDArray[np.bool_]) -> Raw:
+        """Some of the images, with all rows of each."""
+        rows, maps = images, self.nll_map
+        if self.tiles is not None:
+            chosen = np.arange(len(self))[images]
+            spans = np.split(np.arange(len(self.log_likelihood)), np.cumsum(self.tiles)[:-1])
+            rows = np.concatenate([spans[i] for i in chosen] or [chosen])
+        if isinstance(maps, list):
+            maps = [maps[i] for i in np.arange(len(self))[images]]
+        elif maps is not None:
+            maps = maps[images]
+        return Raw(
+            self.log_likelihood[rows],
+            self.statistics[rows],
+            maps,
+            None if self.log_posterior is None else self.log_posterior[images],
+            None if self.embedding is None else self.embedding[images],
+            None if self.tiles is None else self.tiles[images],
+        )
+
+    def with_maps(self, maps: list[NDArray[np.float32]] | None) -> Raw:
+        """The same with other maps."""
+        return dataclasses.replace(self, nll_map=maps)
 
     @staticmethod
     def concat(parts: Sequence[Raw]) -> Raw:
@@ -75,15 +98,24 @@ class Raw:
         return Raw(
             np.concatenate([part.log_likelihood for part in parts]),
             np.concatenate([part.statistics for part in parts]),
-            _joined([part.nll_map for part in parts]),
+            _joined_maps([part.nll_map for part in parts if part.nll_map is not None]),
             _joined([part.log_posterior for part in parts]),
             _joined([part.embedding for part in parts]),
+            _joined([part.tiles for part in parts]),
         )
 
 
-def _joined(arrays: Sequence[NDArray[np.float32] | None]) -> NDArray[np.float32] | None:
+def _joined(arrays: Sequence[NDArray[Any] | None]) -> NDArray[Any] | None:
     there = [array for array in arrays if array is not None]
     return np.concatenate(there) if there else None
+
+
+def _joined_maps(
+    maps: Sequence[NDArray[np.float32] | list[NDArray[np.float32]]],
+) -> NDArray[np.float32] | list[NDArray[np.float32]] | None:
+    if any(isinstance(part, list) for part in maps):
+        return [image for part in maps for image in part]
+    return np.concatenate(maps) if maps else None
 
 
 class Session:

@@ -13,14 +13,15 @@ import numpy as np
 
 from anomalyd.density.base import Density
 from anomalyd.detect import bundle as bundles
-from anomalyd.detect import conformal
+from anomalyd.detect import conformal, tiling
 from anomalyd.detect.pipeline import collect
 from anomalyd.detect.runtime import CPU, CUDA, Raw, Session, available_cpus
 from anomalyd.detect.sample import Sampler, grid
 from anomalyd.detect.statistics import negative_log_likelihood, typicality
 from anomalyd.errors import SourceError
-from anomalyd.sources import open_source
+from anomalyd.sources import has_kinds, open_evaluation, open_source
 from anomalyd.train import card, report
+from anomalyd.train.data import crops, forget
 from anomalyd.train.export import OPSET, TOLERANCE, check_parity, to_onnx, to_sampler, to_steps
 from anomalyd.train.progress import counting, say
 from anomalyd.train.splits import Splits
@@ -133,8 +134,9 @@ def write(trained: Trained, *, data: str, licence: str | None, out: Path, folder
     """
     images, splits, model = trained.images, trained.splits, trained.model
     files = graphs(model)
+    some = splits.validation[:PARITY_IMAGES]
     parity = check_parity(
-        model, files["model.onnx"], images.pixels[splits.validation[:PARITY_IMAGES]]
+        model, files["model.onnx"], crops(images.pixels, some, trained.spec, [0])
     )
     session = Session(files["model.onnx"], device="cpu")
     test = _test_split(session, trained, data)
@@ -172,7 +174,7 @@ def write(trained: Trained, *, data: str, licence: str | None, out: Path, folder
             "weights.safetensors": pack_weights(model),
         },
     )
-    (folder / "pixels.npy").unlink()  # the images themselves are the user's; this copy is ours
+    forget(folder)
     (folder / "checkpoint.safetensors").unlink()
     (folder / "job.json").unlink()
     if test.bits_per_dim is not None:
@@ -192,11 +194,13 @@ def _calibrated(
 ) -> tuple[bundles.Calibration, str, bundles.Manifest]:
     """Score the held-out splits with the exported graph; return tables, card and manifest."""
     images, splits = trained.images, trained.splits
-    fit = _scored(session, images.pixels, splits.fit, "fit split")
-    held_out = _scored(session, images.pixels, splits.calibration, "calibration split")
+    fit = _scored(session, trained, splits.fit, "fit split")
+    held_out = _scored(session, trained, splits.calibration, "calibration split")
     fit_nll = np.sort(negative_log_likelihood(fit.log_likelihood, manifest.priors))
-    nll = negative_log_likelihood(held_out.log_likelihood, manifest.priors)
-    scores = typicality(nll, fit_nll)
+    rows = negative_log_likelihood(held_out.log_likelihood, manifest.priors)
+    nll = tiling.per_image(rows, held_out.tiles)
+    fit_scores = np.sort(typicality(fit_nll, fit_nll))
+    scores = tiling.image_scores(typicality(rows, fit_nll), held_out.tiles, fit_scores)
     n = len(scores)
     training, calibrating = _hashes(images, splits)
     calibration = bundles.Calibration(
@@ -234,14 +238,15 @@ def _hashes(images: TrainingData, splits: Splits) -> tuple[NDArray[np.uint64], N
     return training, np.unique(images.hashes[calibrating])
 
 
-def _scored(
-    session: Session, pixels: NDArray[np.uint8], rows: NDArray[np.int64], what: str
-) -> Raw:
+def _scored(session: Session, trained: Trained, rows: NDArray[np.int64], what: str) -> Raw:
     """Score rows of the decoded images with the exported graph, reading a slab at a time."""
-    slab, parts = 8 * session.batch, []
+    pixels, spec = trained.images.pixels, trained.spec
+    slab, parts = 1 if spec.tiled else 8 * session.batch, []
     with counting(f"scoring {what}", len(rows)) as advance:
         for start in range(0, len(rows), slab):
-            parts.append(session.run(pixels[rows[start : start + slab]], progress=advance))
+            some = rows[start : start + slab]
+            images = pixels[some] if isinstance(pixels, np.ndarray) else [pixels[some[0]]]
+            parts.append(tiling.run(session, spec, images, progress=advance))
     return Raw.concat(parts)
 
 
@@ -251,7 +256,11 @@ def _test_split(session: Session, trained: Trained, data: str) -> _Measured:
         return _Measured()
     root, labels = data.removesuffix(":train"), bool(trained.classes)
     try:
-        source = open_source(root, split="test", labels=labels)
+        source = (
+            open_evaluation(root, labels=labels).normal
+            if has_kinds(root)
+            else open_source(root, split="test", labels=labels)
+        )
         training_data = open_source(data, split="train")
     except SourceError:
         return _Measured()
@@ -268,7 +277,8 @@ def _test_split(session: Session, trained: Trained, data: str) -> _Measured:
             for place, label in zip(said.tolist(), scored.labels, strict=True)
         ]
         return _Measured(accuracy=float(np.mean(right)), images=len(scored))
-    nll = negative_log_likelihood(scored.raw.log_likelihood, trained.priors)
+    rows = negative_log_likelihood(scored.raw.log_likelihood, trained.priors)
+    nll = tiling.per_image(rows, scored.raw.tiles)
     bits = nll.mean() / (trained.model.shape.dims * math.log(2))
     return _Measured(bits_per_dim=float(bits), images=len(scored))
 

@@ -241,6 +241,7 @@ def _run(job: _Job, out: Path, folder: Path, *, device: str, resume: bool) -> in
             outcome = loop.fit(
                 model,
                 images.pixels,
+                spec,
                 splits,
                 recipe.train,
                 folder,

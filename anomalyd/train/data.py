@@ -1,12 +1,18 @@
-"""Training images, decoded once by the serving path into one memory-mapped array."""
+"""Training images, decoded once by the serving path into one memory-mapped array.
+
+Images of one size are the rows of pixels.npy; photographs, of which random crops are trained on,
+lie at their own sizes one after the other in photographs.bin.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -15,17 +21,107 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from anomalyd.detect.pipeline import item_name
+from anomalyd.detect.tiling import shrunk
 from anomalyd.errors import ImageError, TrainingError, UsageError
 from anomalyd.images import ImageSpec, content_hash, to_pixels
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from numpy.typing import NDArray
 
     from anomalyd.sources import Item, Source
 
-__all__ = ["TrainingData", "excluded", "gather", "reopen"]
+__all__ = [
+    "Photographs",
+    "TrainingData",
+    "crops",
+    "excluded",
+    "forget",
+    "gather",
+    "per_tile",
+    "reopen",
+]
+
+PIXELS, PHOTOGRAPHS = "pixels.npy", "photographs.bin"
+
+
+@dataclass(frozen=True, eq=False)
+class Photographs:
+    """Images of unlike sizes, as a sequence.
+
+    Attributes:
+        flat: uint8, memory-mapped: all pixels of all images.
+        shapes: N shapes (H, W, C).
+        starts: int64 (N,), where each image begins in `flat`.
+    """
+
+    flat: NDArray[np.uint8]
+    shapes: list[tuple[int, int, int]]
+    starts: NDArray[np.int64]
+
+    @staticmethod
+    def of(flat: NDArray[np.uint8], shapes: list[tuple[int, int, int]]) -> Photographs:
+        """The images of these shapes in that order."""
+        sizes = [0, *(math.prod(shape) for shape in shapes)]
+        return Photographs(flat, shapes, np.cumsum(sizes[:-1], dtype=np.int64))
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+    def __getitem__(self, row: int) -> NDArray[np.uint8]:
+        """One image, uint8 (H, W, C)."""
+        shape, start = self.shapes[row], self.starts[row]
+        return self.flat[start : start + math.prod(shape)].reshape(shape)
+
+
+def per_tile(
+    pixels: NDArray[np.uint8] | Photographs, rows: NDArray[np.int64], spec: ImageSpec
+) -> NDArray[np.int64]:
+    """Rows as often as a tile goes into each photograph: to read each once is to see its area.
+
+    Args:
+        pixels: all images; where they are of one size, rows stay as they are.
+        rows: int64 (n,).
+        spec: of the bundle.
+    """
+    if not isinstance(pixels, Photographs):
+        return rows
+    tile = spec.height * spec.width * spec.shrink**2
+    areas = [math.prod(pixels.shapes[row][:2]) for row in rows.tolist()]
+    return np.repeat(rows, [max(1, round(area / tile)) for area in areas])
+
+
+def crops(
+    pixels: NDArray[np.uint8] | Photographs,
+    rows: NDArray[np.int64],
+    spec: ImageSpec,
+    seed: Sequence[int],
+) -> NDArray[np.uint8]:
+    """The images of some rows as the model trains on them: whole, or a random tile of each.
+
+    Args:
+        pixels: all images.
+        rows: int64 (n,), which ones; a row may occur more than once.
+        spec: of the bundle.
+        seed: the same seed cuts the same tiles.
+
+    Returns:
+        uint8 (n, height, width, channels).
+    """
+    if not isinstance(pixels, Photographs):
+        return pixels[rows]
+    corner = np.random.default_rng(seed).random((len(rows), 2))
+    tiles = np.empty((len(rows), spec.height, spec.width, spec.channels), np.uint8)
+    for place, row in enumerate(rows.tolist()):
+        # Cut first and scaled down then: at every place of the grid, not at one alone.
+        image, size = pixels[row], (spec.height * spec.shrink, spec.width * spec.shrink)
+        top, left = (
+            int(at * (side - span + 1))
+            for at, side, span in zip(corner[place], image.shape[:2], size, strict=True)
+        )
+        tiles[place] = shrunk(image[top : top + size[0], left : left + size[1]], spec.shrink)
+    return tiles
 
 
 @dataclass(frozen=True)
@@ -33,7 +129,7 @@ class TrainingData:
     """Decoded images and what is known of each.
 
     Attributes:
-        pixels: uint8 (N, H, W, C), memory-mapped.
+        pixels: uint8 (N, H, W, C), memory-mapped, or photographs of unlike sizes.
         hashes: uint64 (N,) content hashes.
         names: N sources, `path` or `path#index`.
         groups: N group names or None.
@@ -41,7 +137,7 @@ class TrainingData:
         unreadable: `name: reason` of what was left out.
     """
 
-    pixels: NDArray[np.uint8]
+    pixels: NDArray[np.uint8] | Photographs
     hashes: NDArray[np.uint64]
     names: list[str]
     groups: list[str | None]
@@ -77,7 +173,7 @@ def gather(
     exclude: frozenset[str] = frozenset(),
     advance: Callable[[int], None] = lambda _: None,
 ) -> TrainingData:
-    """Decode `source` into `folder`/pixels.npy, one row an image, reading nothing twice.
+    """Decode `source` into one file in `folder`, image by image, reading nothing twice.
 
     Args:
         source: images in order.
@@ -89,41 +185,41 @@ def gather(
     Raises:
         TrainingError: no readable image at all.
     """
-    path = folder / "pixels.npy"
-    shape = (len(source), spec.height, spec.width, spec.channels)
-    if not shape[0]:
+    if not len(source):
         raise TrainingError(f"{source.name} holds no images")
-    rows = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
     hashes: list[int] = []
     names: list[str] = []
     groups: list[str | None] = []
     labels: list[str | None] = []
     unreadable: list[str] = []
+    shapes: list[tuple[int, ...]] = []
     kept = (item for item in source if item_name(item) not in exclude)
-    for item, pixels in _decoded(kept, spec):
-        name = item_name(item)
-        if isinstance(pixels, ImageError):
-            unreadable.append(f"{name}: {pixels}")
-        else:
-            rows[len(names)] = pixels
-            hashes.append(content_hash(pixels))
-            names.append(name)
-            groups.append(item.group)
-            labels.append(item.label)
-        advance(1)
+    with _keeping(folder, spec, len(source)) as keep:
+        for item, pixels in _decoded(kept, spec):
+            name = item_name(item)
+            if isinstance(pixels, ImageError):
+                unreadable.append(f"{name}: {pixels}")
+            else:
+                keep(len(names), pixels)
+                hashes.append(content_hash(pixels))
+                names.append(name)
+                groups.append(item.group)
+                labels.append(item.label)
+                shapes.append(pixels.shape)
+            advance(1)
     if not names:
         raise TrainingError(
             f"no image of {source.name} could be used; the first says: {unreadable[0]}"
             if unreadable
             else f"--exclude leaves no image of {source.name}"
         )
-    rows.flush()
     known = {
         "hashes": hashes,
         "names": names,
         "groups": groups,
         "labels": labels,
         "unreadable": unreadable,
+        "shapes": shapes if spec.tiled else None,
     }
     (folder / "images.json").write_text(json.dumps(known), encoding="utf-8")
     return reopen(folder)
@@ -137,9 +233,16 @@ def reopen(folder: Path) -> TrainingData:
     """
     try:
         known = json.loads((folder / "images.json").read_text(encoding="utf-8"))
-        pixels = np.load(folder / "pixels.npy", mmap_mode="r", allow_pickle=False)
+        shapes = known.pop("shapes")
+        pixels: NDArray[np.uint8] | Photographs
+        if shapes is None:
+            rows = np.load(folder / PIXELS, mmap_mode="r", allow_pickle=False)
+            pixels = rows[: len(known["names"])]
+        else:
+            flat = np.memmap(folder / PHOTOGRAPHS, np.uint8, "r")
+            pixels = Photographs.of(flat, [tuple(shape) for shape in shapes])
         return TrainingData(
-            pixels=pixels[: len(known["names"])],
+            pixels=pixels,
             hashes=np.array(known.pop("hashes"), dtype=np.uint64),
             **known,
         )
@@ -147,6 +250,27 @@ def reopen(folder: Path) -> TrainingData:
         raise TrainingError(
             f"the decoded images in {folder} are damaged ({error}); remove it and start again"
         ) from error
+
+
+@contextmanager
+def _keeping(
+    folder: Path, spec: ImageSpec, most: int
+) -> Iterator[Callable[[int, NDArray[np.uint8]], None]]:
+    """Yields what puts an image, given its row, into the file of all images."""
+    if spec.tiled:
+        with (folder / PHOTOGRAPHS).open("wb") as file:
+            yield lambda _, pixels: pixels.tofile(file)
+        return
+    shape = (most, spec.height, spec.width, spec.channels)
+    rows = np.lib.format.open_memmap(folder / PIXELS, mode="w+", dtype=np.uint8, shape=shape)
+    yield rows.__setitem__
+    rows.flush()
+
+
+def forget(folder: Path) -> None:
+    """Remove the decoded images: the user has the images themselves, and this copy is ours."""
+    for name in (PIXELS, PHOTOGRAPHS):
+        (folder / name).unlink(missing_ok=True)
 
 
 def _decoded(
