@@ -255,7 +255,15 @@ def evaluate(
     metavar="FILE",
     help="Write .parquet, .jsonl or .csv, and print nothing.",
 )
-@click.option("--heatmaps", type=PATH, metavar="DIR", help="One PNG an image: where it is odd.")
+@click.option(
+    "--heatmaps",
+    type=PATH,
+    metavar="DIR",
+    help="One PNG an image: where it is odd. Nothing is promised of maps, only of verdicts.",
+)
+@click.option(
+    "--flips", is_flag=True, help="Average those maps over four flips, four times as slow."
+)
 @click.option("--explain", is_flag=True, help="Add each statistic's value and p-value.")
 @device
 @click.option("--resume", is_flag=True, help="Go on where an interrupted --output stopped.")
@@ -267,6 +275,7 @@ def score(
     kind: str,
     output: Path | None,
     heatmaps: Path | None,
+    flips: bool,
     explain: bool,
     device: str,
     resume: bool,
@@ -282,7 +291,9 @@ def score(
     if output is not None:
         file_format(output)
     detector = Detector.load(bundle, device=device)
-    scoring = Scoring(detector.alpha(alpha), fdr=fdr, explain=explain, heatmaps=heatmaps)
+    scoring = Scoring(
+        detector.alpha(alpha), fdr=fdr, explain=explain, heatmaps=heatmaps, flips=flips
+    )
     source = open_paths(paths)
     with _progress("scoring", len(source)) as advance:
         if output is None:
@@ -295,6 +306,12 @@ def score(
             )
     if summary.unreadable == summary.images:
         raise AnomalydError(f"none of {summary.images} inputs could be read")
+    tiles = detector.calibration.tiles
+    if summary.unfamiliar and tiles is not None:
+        _say(
+            f"{summary.unfamiliar} images are smaller or larger than any that the bundle is "
+            f"calibrated on ({tiles[0]} to {tiles[-1]} tiles): their p-values promise nothing"
+        )
     rule = f"alpha {scoring.alpha:g}" if fdr is None else f"a false discovery rate of {fdr:g}"
     unreadable = f", {summary.unreadable} could not be read" if summary.unreadable else ""
     _say(f"{summary.images} images, {summary.outliers} outliers at {rule}{unreadable}")

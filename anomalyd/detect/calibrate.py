@@ -103,6 +103,7 @@ def calibrate(
         scores=np.sort(judge.scores(new.raw)),
         p_table=conformal.p_table(n, confidence),
         calibration_hashes=np.sort(new.hashes),
+        tiles=None if new.raw.tiles is None else np.sort(new.raw.tiles),
     )
     alpha = conformal.default_alpha(n, confidence)
     _write(detector, calibration, alpha, confidence)

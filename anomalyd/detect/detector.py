@@ -235,6 +235,13 @@ class Detector:
         rows = negative_log_likelihood(raw.log_likelihood, self.manifest.priors)
         return tiling.per_image(rows, raw.tiles)
 
+    def unfamiliar(self, raw: Raw) -> int:
+        """How many images have fewer or more tiles than any that the bundle is calibrated on."""
+        known = self.calibration.tiles
+        if known is None or raw.tiles is None:
+            return 0
+        return int(((raw.tiles < known[0]) | (raw.tiles > known[-1])).sum())
+
     def scores(self, raw: Raw) -> NDArray[np.float64]:
         """What verdicts rest on: float64 (N,), finite, higher is stranger."""
         rows = negative_log_likelihood(raw.log_likelihood, self.manifest.priors)

@@ -210,6 +210,7 @@ def _calibrated(
         p_table=conformal.p_table(n),
         training_hashes=training,
         calibration_hashes=calibrating,
+        tiles=None if held_out.tiles is None else np.sort(held_out.tiles),
     )
     alpha = conformal.default_alpha(n)
     manifest = replace(manifest, calibration_n=n, default_alpha=alpha)
