@@ -6,7 +6,7 @@ DATA ?= $(or $(ANOMALYD_DATA),../shared/data)
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 BUNDLES := $(sort $(dir $(wildcard trained/*/manifest.json)))
 
-.PHONY: serve test lint bench figures tables clean
+.PHONY: serve test lint bench protocol figures tables clean
 
 serve: .venv/base
 	$(BIN)/anomalyd serve --default-model fashion-mnist-vae
@@ -24,6 +24,10 @@ lint: .venv/all
 # The numbers in README and cards, and the speed ratios; minutes, not seconds.
 bench: .venv/all
 	$(BIN)/python tests/bench/bench.py --data $(DATA)
+
+# The tables of outliers in trained/README.md; some ten minutes a PixelCNN.
+protocol: .venv/all fonts
+	$(BIN)/python tests/bench/protocol.py --data $(DATA)
 
 # The pictures in README and cards.
 figures: .venv/all
@@ -47,6 +51,13 @@ figures: .venv/all
 promtool:
 	@command -v promtool >/dev/null || [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null || \
 	  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends prometheus >/dev/null; } || true
+
+# The glyphs of the protocol come from Debian's fonts. Without root protocol.py says what is missing.
+.PHONY: fonts
+fonts: FONTS = $(shell $(BIN)/python tests/bench/glyphs.py)
+fonts: .venv/all
+	@dpkg --status $(FONTS) >/dev/null 2>&1 || [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null || \
+	  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $(FONTS) >/dev/null; }
 
 clean:
 	rm -rf .venv build dist *.egg-info

@@ -111,6 +111,12 @@ def anomalyd() -> None:
     help="What to do with images of another shape; tile scores large photographs piece by piece "
     "[default: refuse]",
 )
+@click.option(
+    "--shrink",
+    type=int,
+    metavar="K",
+    help="With tile: scale photographs down by this whole factor first  [default: 1]",
+)
 @click.option("--licence", metavar="TEXT", help="Licence of the weights, for the bundle's card.")
 def train(channels: str | None, **options: Any) -> int:
     """Train a density on the normal images in DATA and write a calibrated bundle."""

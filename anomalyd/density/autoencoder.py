@@ -7,8 +7,9 @@ from typing import NamedTuple, NoReturn
 import torch
 from torch import Tensor, nn
 
-from anomalyd.density.base import ImageShape, Model, largest_patch
+from anomalyd.density.base import ImageShape, Model
 from anomalyd.density.encoder import Decoder, Encoder
+from anomalyd.density.summary import largest_patch
 
 __all__ = ["Autoencoder", "Encoded"]
 

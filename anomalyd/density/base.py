@@ -6,8 +6,9 @@ import math
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from anomalyd.density.summary import deviation, excess, excess_map, largest_patch, total
 
 __all__ = [
     "Autoregressive",
@@ -17,8 +18,7 @@ __all__ = [
     "PixelLikelihood",
     "Scores",
     "Step",
-    "largest_patch",
-    "total",
+    "Surprise",
 ]
 
 
@@ -45,12 +45,14 @@ class Scores(NamedTuple):
         nll_map: (N, H, W) float32, nats: minus the log-likelihood, pixel by pixel; with classes
             that of the likeliest one.
         embedding: (N, E) float32 features, where the density has an encoder.
+        excess_map: (N, H, W) float32, standard deviations: what of `nll_map` was not expected.
     """
 
     log_likelihood: Tensor
     statistics: Tensor
     nll_map: Tensor
     embedding: Tensor | None = None
+    excess_map: Tensor | None = None
 
 
 class Model(nn.Module):
@@ -187,6 +189,23 @@ class Step(nn.Module):
     state_size: int
 
 
+class Surprise(NamedTuple):
+    """-log p of a value, and what it was expected to be before the value was seen.
+
+    Under the density itself `nll - mean` averages to zero pixel by pixel, whatever the image
+    before it: where an image is merely complex both are large, where it is strange only one is.
+
+    Attributes:
+        nll: -log p of each pixel, nats.
+        mean: the mean of -log p under p, its entropy, nats.
+        variance: the variance of -log p under p, nats squared.
+    """
+
+    nll: Tensor
+    mean: Tensor
+    variance: Tensor
+
+
 class PixelLikelihood(nn.Module):
     """The distribution of one pixel given its context, normalised exactly over the levels."""
 
@@ -198,6 +217,10 @@ class PixelLikelihood(nn.Module):
             values: int64 (N, H, W, C) levels.
             inputs: (N, C, H, W), the same values in [-1, 1].
         """
+        raise NotImplementedError
+
+    def surprise(self, context: Tensor, values: Tensor, inputs: Tensor) -> Surprise:
+        """Return -log p of each pixel with its mean and variance, each (N, H, W); as `forward`."""
         raise NotImplementedError
 
     def log_probs(self, context: Tensor, inputs: Tensor) -> Tensor:
@@ -216,8 +239,8 @@ class Autoregressive(Density):
     """
 
     pixel: PixelLikelihood
-    statistics = ("nll_patch",)
-    units = ("nats",)
+    statistics = ("nll_patch", "excess", "excess_patch", "deviation")
+    units = ("nats", "1", "nats", "1")
 
     def context(self, inputs: Tensor, labels: Tensor | None = None) -> Tensor:
         """Return what each pixel's distribution depends on: (N, M, F, H, W).
@@ -234,20 +257,41 @@ class Autoregressive(Density):
         if self.classes:
             every = torch.arange(self.classes, device=images.device)
             labels = every.expand(images.shape[0], self.classes)
-        maps = self.nll_maps(images, labels)
-        log_likelihood = -total(maps)
-        nll_map = maps[:, 0]
+        surprise = self.surprises(images, labels)
+        log_likelihood = -total(surprise.nll)
         if self.classes:
             best = log_likelihood.argmax(dim=1).reshape(-1, 1, 1, 1)
-            nll_map = maps.gather(1, best.expand(-1, 1, *maps.shape[2:]))[:, 0]
+            best = best.expand(-1, 1, *surprise.nll.shape[2:])
+            surprise = Surprise(*(maps.gather(1, best) for maps in surprise))
+        surprise = Surprise(*(maps[:, 0] for maps in surprise))
+        relative = excess_map(surprise)
+        statistics = [
+            largest_patch(surprise.nll),
+            excess(surprise),
+            largest_patch(surprise.nll - surprise.mean),
+            deviation(relative),
+        ]
         return Scores(
             log_likelihood=log_likelihood,
-            statistics=largest_patch(nll_map).unsqueeze(1),
-            nll_map=nll_map,
+            statistics=torch.stack(statistics, dim=1),
+            nll_map=surprise.nll,
+            excess_map=relative,
         )
 
     def nll_maps(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
         """Return -log p of each pixel under the M classes of `labels` (N, M): (N, M, H, W)."""
+        given, shape = self._given(images, labels)
+        return -self.pixel(*given).unflatten(0, shape)
+
+    def surprises(self, images: Tensor, labels: Tensor | None = None) -> Surprise:
+        """Return the same with its mean and variance, each (N, M, H, W)."""
+        given, shape = self._given(images, labels)
+        return Surprise(*(maps.unflatten(0, shape) for maps in self.pixel.surprise(*given)))
+
+    def _given(
+        self, images: Tensor, labels: Tensor | None
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[int, int]]:
+        """Return context, levels and values of every image under every class, and (N, M)."""
         values = self.quantise(images)
         inputs = self.centred(values)
         context = self.context(inputs, labels)
@@ -255,8 +299,7 @@ class Autoregressive(Density):
         if m > 1:
             values = values.unsqueeze(1).expand(n, m, *values.shape[1:]).flatten(0, 1)
             inputs = inputs.unsqueeze(1).expand(n, m, *inputs.shape[1:]).flatten(0, 1)
-        nll = -self.pixel(context.flatten(0, 1), values, inputs)
-        return nll.unflatten(0, (n, m))
+        return (context.flatten(0, 1), values, inputs), (n, m)
 
     def losses(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
         """Return -log p of each image, under its own class only, in bits per dimension: (N,)."""
@@ -270,14 +313,3 @@ class Autoregressive(Density):
         inputs = self.centred(self.quantise(images))
         context = self.context(inputs, None if labels is None else labels.unsqueeze(1))
         return self.pixel.log_probs(context[:, 0], inputs)
-
-
-def total(nll_map: Tensor) -> Tensor:
-    """Sum (..., H, W) over its pixels in float64, which float32 would round at 1e-4 nats."""
-    return nll_map.double().sum(dim=(-2, -1)).float()
-
-
-def largest_patch(nll_map: Tensor, side: int = 4) -> Tensor:
-    """Return the largest mean of `nll_map` over a side x side window, (N,) nats a pixel."""
-    side = min(side, nll_map.shape[1], nll_map.shape[2])
-    return F.avg_pool2d(nll_map.unsqueeze(1), side, stride=1).amax(dim=(1, 2, 3))

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from anomalyd.density.base import ImageShape, PixelLikelihood
+from anomalyd.density.base import ImageShape, PixelLikelihood, Surprise
 
 __all__ = [
     "Bernoulli",
@@ -52,6 +52,16 @@ class _Channels(PixelLikelihood):
         ]
         return torch.stack(terms).sum(dim=0) if len(terms) > 1 else terms[0]
 
+    def surprise(self, context: Tensor, values: Tensor, inputs: Tensor) -> Surprise:
+        terms = [
+            self.channel_surprise(
+                self.seen(context, inputs, channel), values[..., channel], channel
+            )
+            for channel in range(self.shape.channels)
+        ]
+        # A channel's deviation has mean zero given those before it, so variances add up.
+        return Surprise(*(sum(parts[1:], parts[0]) for parts in zip(*terms, strict=True)))
+
     def log_probs(self, context: Tensor, inputs: Tensor) -> Tensor:
         tables = [
             self.table(self.seen(context, inputs, channel), channel)
@@ -61,6 +71,10 @@ class _Channels(PixelLikelihood):
 
     def channel(self, seen: Tensor, value: Tensor, channel: int) -> Tensor:
         """Return log p of one channel's values (N, H, W), in nats: (N, H, W)."""
+        raise NotImplementedError
+
+    def channel_surprise(self, seen: Tensor, value: Tensor, channel: int) -> Surprise:
+        """Return -log p of one channel's values with its mean and variance, each (N, H, W)."""
         raise NotImplementedError
 
     def table(self, seen: Tensor, channel: int) -> Tensor:
@@ -89,6 +103,9 @@ class Categorical(_Channels):
         logits = self.logits[channel](F.elu(seen)).permute(0, 2, 3, 1)
         chosen = logits.gather(3, value.unsqueeze(3))[..., 0]
         return chosen.float() - torch.logsumexp(logits.float(), dim=3)
+
+    def channel_surprise(self, seen: Tensor, value: Tensor, channel: int) -> Surprise:
+        return _surprise(self.logits[channel](F.elu(seen)), value)
 
     def table(self, seen: Tensor, channel: int) -> Tensor:
         return F.log_softmax(self.logits[channel](F.elu(seen)).float(), dim=1)
@@ -125,13 +142,26 @@ class Hierarchical(_Channels):
         self.register_buffer("absent", absent, persistent=False)
 
     def channel(self, seen: Tensor, value: Tensor, channel: int) -> Tensor:
+        (bands, band), (inside, place) = self._two(seen, value, channel)
+        return _chosen(bands, band) + _chosen(inside, place)
+
+    def channel_surprise(self, seen: Tensor, value: Tensor, channel: int) -> Surprise:
+        # The level's part is expected given the band: its deviation has mean zero all the same,
+        # and one short softmax is enough where the entropy over all levels would take sixteen.
+        band, inside = (_surprise(*pair) for pair in self._two(seen, value, channel))
+        return Surprise(*(a + b for a, b in zip(band, inside, strict=True)))
+
+    def _two(
+        self, seen: Tensor, value: Tensor, channel: int
+    ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Return logits and choice of the band, and of the level within it."""
         band = torch.div(value, self.width, rounding_mode="floor")
-        log_band = _chosen(self.band[channel](F.elu(seen)), band)
+        bands = self.band[channel](F.elu(seen))
         given = F.elu(seen + self.of_band[channel](band).permute(0, 3, 1, 2))
         logits = self.inside[channel](given)
         if self.bands * self.width > self.shape.levels:
             logits = logits + self.absent[band].permute(0, 3, 1, 2)
-        return log_band + _chosen(logits, value - band * self.width)
+        return (bands, band), (logits, value - band * self.width)
 
     def table(self, seen: Tensor, channel: int) -> Tensor:
         log_band = F.log_softmax(self.band[channel](F.elu(seen)).float(), dim=1)
@@ -147,6 +177,20 @@ def _chosen(logits: Tensor, index: Tensor) -> Tensor:
     """Return log softmax(logits)[index] over the channels of (N, L, H, W): (N, H, W)."""
     logits = logits.float()
     return logits.gather(1, index.unsqueeze(1))[:, 0] - torch.logsumexp(logits, dim=1)
+
+
+def _surprise(logits: Tensor, index: Tensor) -> Surprise:
+    """Return the surprise at a choice from softmax(logits) over the channels of (N, L, H, W)."""
+    logits = logits.float()
+    # Levels that are absent stand at -1e30, whose square is not finite.
+    logits = (logits - logits.amax(dim=1, keepdim=True)).clamp(min=-1e4)
+    weights = torch.exp(logits)
+    weights = weights / weights.sum(dim=1, keepdim=True)
+    chosen = logits.gather(1, index.unsqueeze(1))[:, 0]
+    log_z = torch.logsumexp(logits, dim=1)
+    mean = (weights * logits).sum(dim=1)
+    square = (weights * logits * logits).sum(dim=1)
+    return Surprise(log_z - chosen, log_z - mean, torch.relu(square - mean * mean))
 
 
 class Bernoulli(_Channels):
@@ -166,6 +210,9 @@ class Bernoulli(_Channels):
     def channel(self, seen: Tensor, value: Tensor, channel: int) -> Tensor:
         odds = self.odds[channel](F.elu(seen)).float()[:, 0]
         return -F.softplus(torch.where(value == 1, -odds, odds))
+
+    def channel_surprise(self, seen: Tensor, value: Tensor, channel: int) -> Surprise:
+        return _surprise(self.table(seen, channel), value)
 
     def table(self, seen: Tensor, channel: int) -> Tensor:
         odds = self.odds[channel](F.elu(seen)).float()
@@ -203,6 +250,24 @@ class LogisticMixture(PixelLikelihood):
             x = inputs[:, channel : channel + 1]
             log_p = log_p + self._level(x, level, means[channel], log_scales[channel])
         return torch.logsumexp(log_p, dim=1)
+
+    def surprise(self, context: Tensor, values: Tensor, inputs: Tensor) -> Surprise:
+        """Return -log p of each pixel; its mean and variance are approximate.
+
+        The mean is that of -log p(k, x), component and level together, which bounds the entropy
+        from above; a component's share of it is log(1 + exp(2) s / w), that of a logistic of
+        scale s where levels of width w are fine, and zero where they are coarse.
+        """
+        log_pi, _, log_scales = self._components(context, inputs)
+        level = math.log(2 / (self.shape.levels - 1))
+        entropies = [F.softplus(log_scale - level + 2) for log_scale in log_scales]
+        expected = torch.stack(entropies).sum(dim=0) - log_pi
+        # Var[-log p] of a logistic is 4 - pi^2 / 3, whatever its scale.
+        spread = (4 - math.pi**2 / 3) * torch.stack([torch.tanh(h) for h in entropies]).sum(dim=0)
+        pi = log_pi.exp()
+        mean = (pi * expected).sum(dim=1)
+        variance = (pi * (spread + expected.square())).sum(dim=1) - mean.square()
+        return Surprise(-self(context, values, inputs), mean, torch.relu(variance))
 
     def log_probs(self, context: Tensor, inputs: Tensor) -> Tensor:
         log_p, means, log_scales = self._components(context, inputs)

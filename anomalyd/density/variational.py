@@ -19,14 +19,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from anomalyd.density.base import (
-    Density,
-    ImageShape,
-    PixelLikelihood,
-    Scores,
-    largest_patch,
-    total,
-)
+from anomalyd.density.base import Density, ImageShape, PixelLikelihood, Scores
+from anomalyd.density.summary import largest_patch, total
 
 __all__ = ["Gaussian", "Layer", "Variational", "bounded"]
 

@@ -15,8 +15,7 @@ from anomalyd.detect import conformal
 from anomalyd.detect.bundle import Calibration, Guarantee, pack_calibration, write_bundle
 from anomalyd.detect.detector import Detector
 from anomalyd.detect.pipeline import Collected, collect
-from anomalyd.detect.statistics import negative_log_likelihood
-from anomalyd.errors import CalibrationError, SourceError
+from anomalyd.errors import CalibrationError, SourceError, UsageError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -77,12 +76,19 @@ def calibrate(
         CalibrationError: too few images are left.
         SourceError: not one image can be read.
         BundleError: the bundle is broken or cannot be written.
-        UsageError: a confidence outside (0, 1).
+        UsageError: a confidence outside (0, 1), a refit of a bundle that has a texture.
     """
     if confidence is not None:
         conformal.smallest_alpha(1, confidence)  # a wrong one is told before images are read
     detector = Detector.load(path, device=device)
-    collected = collect(detector.session, detector.spec, source, progress=progress)
+    if refit and detector.texture is not None:
+        raise UsageError(
+            f"--refit: bundle {path} scores photographs by a texture, which only training fits; "
+            "calibrate without it, or train again"
+        )
+    collected = collect(
+        detector.session, detector.spec, source, texture=detector.texture, progress=progress
+    )
     if collected is None:
         raise SourceError(f"{source.name}: none of its images can be read")
     trained = np.isin(collected.hashes, detector.calibration.training_hashes)
@@ -150,8 +156,7 @@ def _refit(detector: Detector, new: Collected) -> tuple[Collected, Calibration]:
     old = detector.calibration
     calibration = dataclasses.replace(
         old,
-        fit_nll=np.sort(negative_log_likelihood(fit.raw.log_likelihood, detector.manifest.priors)),
-        fit_statistics=fit.raw.statistics,
+        **Calibration.by_nll(detector.nll(fit.raw), fit.raw.statistics),
         training_hashes=np.union1d(old.training_hashes, fit.hashes),
     )
     return rest, calibration

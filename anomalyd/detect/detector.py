@@ -16,6 +16,7 @@ from anomalyd.detect.bundle import Bundle, Calibration, Manifest, read_bundle
 from anomalyd.detect.golden import open_session
 from anomalyd.detect.runtime import Raw, Session
 from anomalyd.detect.statistics import finite, make_score, negative_log_likelihood
+from anomalyd.detect.texture import Texture
 from anomalyd.errors import BundleError
 from anomalyd.images import ImageSpec, to_pixels
 
@@ -99,6 +100,7 @@ class Detector:
         calibration: its conformal tables.
         session: its graph, running.
         spec: the images it takes.
+        texture: what judges photographs that are scored in tiles; None where images are whole.
     """
 
     def __init__(self, bundle: Bundle, session: Session) -> None:
@@ -108,11 +110,14 @@ class Detector:
         self.calibration: Calibration = bundle.calibration
         self.session = session
         self.spec: ImageSpec = bundle.manifest.image
+        self.texture: Texture | None = None
         try:
-            self._score = make_score(bundle.manifest.score_name, bundle.calibration.fit_nll)
+            if self.spec.tiled:
+                self.texture = Texture.unpack(bundle.read("texture.npz"))
+            else:
+                self._score = make_score(bundle.manifest.score_name, bundle.calibration.fit)
         except BundleError as error:
             raise BundleError(f"bundle {bundle.path}: {error}") from None
-        self._fit_scores = np.sort(self._score(bundle.calibration.fit_nll))
         self._fit_statistics = np.sort(bundle.calibration.fit_statistics, axis=0)
 
     @classmethod
@@ -191,7 +196,7 @@ class Detector:
 
     def run(self, images: Sequence[NDArray[np.uint8]], *, nll_map: bool = False) -> Raw:
         """Raw scores of images from `to_pixels`, whole or in tiles as the bundle says."""
-        return tiling.run(self.session, self.spec, images, nll_map=nll_map)
+        return tiling.run(self.session, self.spec, images, texture=self.texture, nll_map=nll_map)
 
     def alpha(self, asked: float | None) -> float:
         """The alpha to use: the bundle's default, or the one asked for if it can be reached.
@@ -232,8 +237,7 @@ class Detector:
 
         Of an image in tiles the mean over them.
         """
-        rows = negative_log_likelihood(raw.log_likelihood, self.manifest.priors)
-        return tiling.per_image(rows, raw.tiles)
+        return negative_log_likelihood(raw.log_likelihood, self.manifest.priors)
 
     def unfamiliar(self, raw: Raw) -> int:
         """How many images have fewer or more tiles than any that the bundle is calibrated on."""
@@ -244,8 +248,9 @@ class Detector:
 
     def scores(self, raw: Raw) -> NDArray[np.float64]:
         """What verdicts rest on: float64 (N,), finite, higher is stranger."""
-        rows = negative_log_likelihood(raw.log_likelihood, self.manifest.priors)
-        return tiling.image_scores(self._score(rows), raw.tiles, self._fit_scores)
+        if raw.texture is not None:
+            return finite(raw.texture)
+        return self._score(self.nll(raw), raw.statistics)
 
     def explain(self, raw: Raw, row: int) -> dict[str, dict[str, Any]]:
         """Each statistic of one image with where it stands among the fit split's.

@@ -160,7 +160,9 @@ def evaluate(
 
     def scores_of(name: str, source: Source) -> Collected:
         items = sample(source, limit, seed)
-        collected = collect(detector.session, detector.spec, items, progress=progress)
+        collected = collect(
+            detector.session, detector.spec, items, texture=detector.texture, progress=progress
+        )
         if collected is None:
             raise SourceError(f"{name} {source.name}: none of its images can be read")
         unreadable.extend((at, str(error)) for at, error in collected.errors)

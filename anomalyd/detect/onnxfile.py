@@ -254,6 +254,7 @@ def _check_scoring(graph: Graph, manifest: Manifest) -> None:
         "log_posterior": ("N", classes),
         "statistics": ("N", len(manifest.statistics)),
         "nll_map": ("N", image.height, image.width),
+        "excess_map": ("N", image.height, image.width),
         "embedding": ("N", None),
     }
     for tensor in graph.outputs:

@@ -28,6 +28,7 @@ from anomalyd.images import ImageSpec, Limits, content_hash, to_pixels
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from anomalyd.detect.texture import Texture
     from anomalyd.sources import Item
 
 __all__ = ["Collected", "Slab", "collect", "item_name", "scored"]
@@ -104,6 +105,7 @@ def scored(
     spec: ImageSpec,
     items: Iterable[Item],
     *,
+    texture: Texture | None = None,
     limits: Limits = LIMITS,
     nll_map: bool = False,
     flips: bool = False,
@@ -117,6 +119,7 @@ def scored(
         session: the bundle's graph.
         spec: the images it takes.
         items: any number; read as they are needed.
+        texture: what judges photographs, of a tiled density.
         limits: budgets of one image.
         nll_map: fetch per-pixel maps.
         flips: average them over four flips.
@@ -144,6 +147,7 @@ def scored(
             session,
             spec,
             slab.pixels,
+            texture=texture,
             nll_map=nll_map,
             flips=flips,
             embedding=embedding,
@@ -172,6 +176,7 @@ def collect(
     spec: ImageSpec,
     items: Iterable[Item],
     *,
+    texture: Texture | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> Collected | None:
     """Score a whole source and keep its raw scores, hashes and names, never its images.
@@ -185,7 +190,7 @@ def collect(
     errors: list[tuple[str, ImageError]] = []
     raws: list[Raw] = []
     hashes: list[NDArray[np.uint64]] = []
-    for slab in scored(session, spec, items, hashes=True):
+    for slab in scored(session, spec, items, texture=texture, hashes=True):
         errors += [(item_name(slab.items[place]), why) for place, why in slab.errors.items()]
         readable = [slab.items[place] for place in slab.readable]
         names += map(item_name, readable)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import dataclasses
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -44,16 +43,19 @@ FAILURES: tuple[type[Exception], ...] = (
 
 @dataclass(frozen=True, eq=False)
 class Raw:
-    """What the graph says about N images, in R rows: R is N, or their tiles one after the other.
+    """What is known of N images before anything is judged.
 
     Attributes:
-        log_likelihood: float64 (R, K), nats; K is 1 without classes, 0 without a density.
-        statistics: float32 (R, S), named in the manifest.
-        nll_map: float32 (N, H, W), nats per pixel, or a list of N (H, W) where images are tiled
-            and differ in size; None where it was not asked for.
+        log_likelihood: float64 (N, K), nats; K is 1 without classes, 0 without a density.
+        statistics: float32 (N, S), named in the manifest.
+        nll_map: float32 (N, H, W), nats per pixel; a list of N float32 (H, W) where images are
+            scored in tiles and differ in size; None where it was not asked for.
         log_posterior: float32 (N, K), nats: log p(y|x); None where the graph is no classifier.
         embedding: float32 (N, E); None where it was not asked for.
-        tiles: intp (N,), how many rows each image has; None for one each.
+        excess_map: float32 (N, H, W), standard deviations; None where it was not asked for.
+        tiles: int64 (N,), how many tiles each image was cut into; the rows above are then means
+            over them. None where images are whole.
+        texture: float64 (N,), nats: what the texture says of each photograph; None likewise.
     """
 
     log_likelihood: NDArray[np.float64]
@@ -61,34 +63,29 @@ class Raw:
     nll_map: NDArray[np.float32] | list[NDArray[np.float32]] | None = None
     log_posterior: NDArray[np.float32] | None = None
     embedding: NDArray[np.float32] | None = None
-    tiles: NDArray[np.intp] | None = None
+    excess_map: NDArray[np.float32] | None = None
+    tiles: NDArray[np.int64] | None = None
+    texture: NDArray[np.float64] | None = None
 
     def __len__(self) -> int:
-        return len(self.log_likelihood if self.tiles is None else self.tiles)
+        return len(self.log_likelihood)
 
-    def __getitem__(self, images: slice | NDArray[np.intp] | NDArray[np.bool_]) -> Raw:
-        """Some of the images, with all rows of each."""
-        rows, maps = images, self.nll_map
-        if self.tiles is not None:
-            chosen = np.arange(len(self))[images]
-            spans = np.split(np.arange(len(self.log_likelihood)), np.cumsum(self.tiles)[:-1])
-            rows = np.concatenate([spans[i] for i in chosen] or [chosen])
+    def __getitem__(self, rows: slice | NDArray[np.intp] | NDArray[np.bool_]) -> Raw:
+        maps = self.nll_map
         if isinstance(maps, list):
-            maps = [maps[i] for i in np.arange(len(self))[images]]
+            maps = [maps[i] for i in np.arange(len(self))[rows]]
         elif maps is not None:
-            maps = maps[images]
+            maps = maps[rows]
         return Raw(
             self.log_likelihood[rows],
             self.statistics[rows],
             maps,
-            None if self.log_posterior is None else self.log_posterior[images],
-            None if self.embedding is None else self.embedding[images],
-            None if self.tiles is None else self.tiles[images],
+            None if self.log_posterior is None else self.log_posterior[rows],
+            None if self.embedding is None else self.embedding[rows],
+            None if self.excess_map is None else self.excess_map[rows],
+            None if self.tiles is None else self.tiles[rows],
+            None if self.texture is None else self.texture[rows],
         )
-
-    def with_maps(self, maps: list[NDArray[np.float32]] | None) -> Raw:
-        """The same with other maps."""
-        return dataclasses.replace(self, nll_map=maps)
 
     @staticmethod
     def concat(parts: Sequence[Raw]) -> Raw:
@@ -101,7 +98,9 @@ class Raw:
             _joined_maps([part.nll_map for part in parts if part.nll_map is not None]),
             _joined([part.log_posterior for part in parts]),
             _joined([part.embedding for part in parts]),
+            _joined([part.excess_map for part in parts]),
             _joined([part.tiles for part in parts]),
+            _joined([part.texture for part in parts]),
         )
 
 
@@ -155,6 +154,7 @@ class Session:
         *,
         nll_map: bool = False,
         embedding: bool = False,
+        excess_map: bool = False,
         progress: Callable[[int], object] | None = None,
     ) -> Raw:
         """Score images.
@@ -163,6 +163,7 @@ class Session:
             images: uint8 (N, H, W, C), N >= 1.
             nll_map: fetch the per-pixel map too.
             embedding: fetch the encoder's features too.
+            excess_map: fetch what of the per-pixel map was not expected too.
             progress: called after each batch with the number of images in it.
 
         Raises:
@@ -177,6 +178,10 @@ class Session:
             if "embedding" not in self.outputs:
                 raise BundleError("model.onnx has no encoder (embedding): no features from it")
             fetch.append("embedding")
+        if excess_map:
+            if "excess_map" not in self.outputs:
+                raise BundleError("model.onnx does not say what it expects (excess_map): no tiles")
+            fetch.append("excess_map")
         parts = []
         for start, stop in self._batches(len(images)):
             parts.append(self._run(images[start:stop], fetch))

@@ -166,7 +166,12 @@ def _rows(
     if maps is not None:
         _make_folder(detector, maps)
     for slab in scored(
-        detector.session, detector.spec, items, nll_map=maps is not None, flips=scoring.flips
+        detector.session,
+        detector.spec,
+        items,
+        texture=detector.texture,
+        nll_map=maps is not None,
+        flips=scoring.flips,
     ):
         yield _slab_rows(detector, slab, scoring)
         summary.unfamiliar += 0 if slab.raw is None else detector.unfamiliar(slab.raw)

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from anomalyd.detect.manifest import OUTPUTS, Manifest
 from anomalyd.detect.npz import pack_arrays, unpack_arrays
+from anomalyd.detect.statistics import Fit
 from anomalyd.errors import BundleError
 
 __all__ = [
@@ -51,7 +52,8 @@ class Calibration:
 
     Attributes:
         fit_nll: float64 (m,), nats, ascending: -log-likelihood of the fit split.
-        fit_statistics: float32 (m, S): the graph's statistics on the fit split.
+        fit_statistics: float32 (m, S): the graph's statistics on the fit split, row by row of
+            the same images (scores of the likelihood alone do without that order).
         scores: float64 (n,), ascending: verdict scores of the calibration split.
         p_table: float64 (n + 1,), strictly increasing in (0, 1]; the p-value of a score s is
             p_table[number of calibration scores >= s].
@@ -68,6 +70,17 @@ class Calibration:
     training_hashes: NDArray[np.uint64]
     calibration_hashes: NDArray[np.uint64]
     tiles: NDArray[np.int64] | None = None
+
+    @property
+    def fit(self) -> Fit:
+        """The fit split, as scores take it."""
+        return Fit(self.fit_nll, self.fit_statistics)
+
+    @staticmethod
+    def by_nll(nll: NDArray[np.float64], statistics: NDArray[np.float32]) -> dict[str, Any]:
+        """`fit_nll` and `fit_statistics` of a fit split, in ascending order of nll."""
+        order = np.argsort(nll, kind="stable")
+        return {"fit_nll": nll[order], "fit_statistics": statistics[order]}
 
     @staticmethod
     def hashes_alone(

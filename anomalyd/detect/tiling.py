@@ -1,7 +1,7 @@
 """Photographs larger than the model: cut into overlapping tiles, scored, and put together again.
 
     photograph -> scaled down -> tiles, half a side apart or less -> graph, a few tiles at a time
-                                                                  -> one map, of its own size
+               -> maps put together -> texture: a score, and where asked for a map of its own size
 
 A photograph is held once, and so is its map where one is asked for; of tiles and what the graph
 says of their pixels there are never more than `TILES` times the session's batch.
@@ -9,6 +9,7 @@ says of their pixels there are never more than `TILES` times the session's batch
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from anomalyd.detect.runtime import Raw, Session
+from anomalyd.detect.texture import Field, Texture
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -24,8 +26,9 @@ if TYPE_CHECKING:
 
     Images = Sequence[NDArray[np.uint8]] | NDArray[np.uint8]
 
-__all__ = ["Canvas", "corners", "image_scores", "per_image", "run", "shrunk", "starts"]
+__all__ = ["Canvas", "corners", "field", "read", "run", "shrunk", "starts"]
 
+MAPS = ("nll_map", "excess_map")
 TILES = 8  # times the session's batch
 FLIPS = (np.s_[:, ::-1], np.s_[::-1], np.s_[::-1, ::-1])
 
@@ -35,6 +38,7 @@ def run(
     spec: ImageSpec,
     images: Images,
     *,
+    texture: Texture | None = None,
     nll_map: bool = False,
     flips: bool = False,
     embedding: bool = False,
@@ -46,7 +50,9 @@ def run(
         session: the bundle's graph.
         spec: the images it takes.
         images: N from `to_pixels`, N >= 1.
-        nll_map: a map of each image's own size, too.
+        texture: what judges photographs, where the spec is tiled and the bundle a density.
+        nll_map: a map of each image's own size, too: nats a pixel, or of photographs the
+            texture's surprise.
         flips: average that map over the image and its three flips, at four times the cost: the
             surprise of a raster scan smears to the right and down, and so it smears evenly.
         embedding: the encoder's features, too; of tiles their mean.
@@ -58,12 +64,11 @@ def run(
 
     def once(images: Images, *, embedding: bool = False) -> Raw:
         if spec.tiled:
-            return Raw.concat(
-                [
-                    _photograph(session, spec, image, nll_map, embedding, progress)
-                    for image in images
-                ]
-            )
+            parts = [
+                _photograph(session, spec, image, texture, nll_map, embedding, progress)
+                for image in images
+            ]
+            return Raw.concat(parts)
         whole = np.asarray(images)
         return session.run(whole, nll_map=nll_map, embedding=embedding, progress=progress)
 
@@ -113,53 +118,6 @@ def shrunk(image: NDArray[np.uint8], factor: int) -> NDArray[np.uint8]:
     return np.asarray(small).reshape(small.height, small.width, image.shape[2])
 
 
-def per_image(rows: NDArray[np.float64], tiles: NDArray[np.intp] | None) -> NDArray[np.float64]:
-    """The mean over each image's tiles, float64 (N,); tiles None: rows as they are."""
-    if tiles is None:
-        return rows
-    means: NDArray[np.float64] = np.add.reduceat(rows, np.cumsum(tiles) - tiles) / tiles
-    return means
-
-
-def image_scores(
-    rows: NDArray[np.float64], tiles: NDArray[np.intp] | None, fit: NDArray[np.float64]
-) -> NDArray[np.float64]:
-    """One score an image from the scores of its tiles: log of the mean over tiles of 1 / p.
-
-    p is a tile's tail among the fit split's tiles, 1 - F(score). Among many tiles an extreme one
-    is no surprise: of T independent normal tiles the score behaves the same for every T, for the
-    mean of 1 / p is the reciprocal of their harmonic mean p-value. Beyond the ranks, the tail goes
-    on as an exponential one.
-
-    Args:
-        rows: float64 (R,), scores of tiles, higher is stranger.
-        tiles: intp (N,), how many rows each image has; None: rows are scores of images already.
-        fit: float64 (m,), scores of the fit split's tiles, ascending.
-
-    References:
-        The harmonic mean p-value for combining dependent tests (Wilson, 2019).
-    """
-    if tiles is None:
-        return rows
-    surprise = _surprise(rows, fit)
-    first = np.cumsum(tiles) - tiles
-    most = np.maximum.reduceat(surprise, first)
-    shifted = np.exp(surprise - np.repeat(most, tiles))
-    return most + np.log(np.add.reduceat(shifted, first) / tiles)
-
-
-def _surprise(scores: NDArray[np.float64], fit: NDArray[np.float64]) -> NDArray[np.float64]:
-    """-log(1 - F(score)), by ranks among `fit` and from its last `k` on by their mean excess."""
-    m = len(fit)
-    k = max(1, round(m**0.5))
-    at = fit[-k]
-    scale = float(np.mean(fit[-k:] - at)) or 1.0
-    below = np.searchsorted(fit, scores, side="left")
-    ranked = -np.log((m - np.minimum(below, m - k)) / m)
-    surprise: NDArray[np.float64] = ranked + np.maximum(scores - at, 0) / scale
-    return surprise
-
-
 class Canvas:
     """The maps of an image's tiles, averaged where they overlap.
 
@@ -197,18 +155,33 @@ class Canvas:
         return self._sum
 
 
-def _photograph(
+def read(
     session: Session,
     spec: ImageSpec,
     image: NDArray[np.uint8],
-    nll_map: bool,
-    embedding: bool,
-    progress: Callable[[int], object],
-) -> Raw:
+    *,
+    maps: Sequence[str] = (),
+    embedding: bool = False,
+    progress: Callable[[int], object] = lambda _: None,
+) -> tuple[Raw, dict[str, NDArray[np.float32]], NDArray[np.uint8]]:
+    """Score the tiles of one photograph.
+
+    Args:
+        session: the bundle's graph.
+        spec: tiled.
+        image: uint8 (H, W, C), from `to_pixels`.
+        maps: which per-pixel outputs of the graph to put together.
+        embedding: the encoder's features, too.
+        progress: called after every run of the graph, with 0.
+
+    Returns:
+        Raw scores of one image, means over its tiles; the maps by name, float32 (h, w); and the
+        photograph scaled down, uint8 (h, w, C).
+    """
     small = shrunk(image, spec.shrink)
     height, width, _ = small.shape
     places = corners(height, width, spec)
-    canvas = Canvas(height, width, spec) if nll_map else None
+    canvases = {name: Canvas(height, width, spec) for name in maps}
     parts = []
     step = TILES * session.batch
     for first in range(0, len(places), step):
@@ -217,28 +190,59 @@ def _photograph(
             [small[y : y + spec.height, x : x + spec.width] for y, x in some.tolist()]
         )
         raw = session.run(
-            tiles, nll_map=nll_map, embedding=embedding, progress=lambda _: progress(0)
+            tiles,
+            nll_map="nll_map" in maps,
+            excess_map="excess_map" in maps,
+            embedding=embedding,
+            progress=lambda _: progress(0),
         )
-        if canvas is not None and raw.nll_map is not None:
-            canvas.add(some, np.asarray(raw.nll_map))
-        parts.append(raw.with_maps(None))
-    progress(1)
+        for name, canvas in canvases.items():
+            canvas.add(some, getattr(raw, name))
+        parts.append(dataclasses.replace(raw, nll_map=None, excess_map=None))
     whole = Raw.concat(parts)
-    maps = None
-    if canvas is not None:
-        factor = spec.shrink
-        large = canvas.finished()
-        if factor > 1:
-            large = large.repeat(factor, axis=0).repeat(factor, axis=1)
-        maps = [large[: image.shape[0], : image.shape[1]]]
-    return Raw(
-        whole.log_likelihood,
-        whole.statistics,
-        maps,
-        _mean(whole.log_posterior),
-        _mean(whole.embedding),
-        tiles=np.array([len(places)]),
+    raw = Raw(
+        whole.log_likelihood.mean(axis=0, keepdims=True),
+        whole.statistics.mean(axis=0, keepdims=True, dtype=np.float32),
+        log_posterior=_mean(whole.log_posterior),
+        embedding=_mean(whole.embedding),
+        tiles=np.array([len(places)], np.int64),
     )
+    return raw, {name: canvas.finished() for name, canvas in canvases.items()}, small
+
+
+def field(session: Session, spec: ImageSpec, image: NDArray[np.uint8]) -> Field:
+    """What a texture is fitted to: one photograph with the maps that the density has of it."""
+    _, maps, small = read(session, spec, image, maps=MAPS)
+    return _field(maps, small)
+
+
+def _field(maps: dict[str, NDArray[np.float32]], small: NDArray[np.uint8]) -> Field:
+    return Field(small.mean(axis=2, dtype=np.float32), maps["nll_map"], maps["excess_map"])
+
+
+def _photograph(
+    session: Session,
+    spec: ImageSpec,
+    image: NDArray[np.uint8],
+    texture: Texture | None,
+    nll_map: bool,
+    embedding: bool,
+    progress: Callable[[int], object],
+) -> Raw:
+    """One image's row, its texture score and, where asked for, its map of surprise."""
+    names = () if texture is None else MAPS
+    raw, maps, small = read(
+        session, spec, image, maps=names, embedding=embedding, progress=progress
+    )
+    progress(1)
+    if texture is None:
+        return raw
+    surprise = texture.surprise(_field(maps, small))
+    raw = dataclasses.replace(raw, texture=np.array([texture.score(surprise)]))
+    if not nll_map:
+        return raw
+    large = surprise.repeat(spec.shrink, axis=0).repeat(spec.shrink, axis=1)
+    return dataclasses.replace(raw, nll_map=[large[: image.shape[0], : image.shape[1]]])
 
 
 def _mean(rows: NDArray[np.float32] | None) -> NDArray[np.float32] | None:

@@ -17,7 +17,8 @@ from anomalyd.detect import conformal, tiling
 from anomalyd.detect.pipeline import collect
 from anomalyd.detect.runtime import CPU, CUDA, Raw, Session, available_cpus
 from anomalyd.detect.sample import Sampler, grid
-from anomalyd.detect.statistics import negative_log_likelihood, typicality
+from anomalyd.detect.statistics import Fit, make_score, negative_log_likelihood
+from anomalyd.detect.texture import Field, Texture
 from anomalyd.errors import SourceError
 from anomalyd.sources import has_kinds, open_evaluation, open_source
 from anomalyd.train import card, report
@@ -42,13 +43,18 @@ if TYPE_CHECKING:
 __all__ = ["SPLITS", "Trained", "graphs", "samples", "write"]
 
 SPLITS = ("train", "validation", "fit", "calibration")
+SCORE = "density_of_states"
+"""What verdicts rest on."""
 PARITY_IMAGES = 64
+FIT_PIXELS = 1 << 25
+"""Pixels that a texture is fitted to, at most: some 300 MB."""
 STRANGEST = 20
 UNITS = {
     "log_likelihood": "nats",
     "log_posterior": "nats",
     "nll_map": "nats",
     "embedding": "1",
+    "excess_map": "1",
 }
 
 
@@ -157,7 +163,11 @@ def write(trained: Trained, *, data: str, licence: str | None, out: Path, folder
     )
     manifest = _manifest(trained, out.name, session, test, licence)
     if model.kind == "density":
-        calibration, text, manifest = _calibrated(trained, session, manifest, about, folder)
+        calibration, text, manifest, texture = _calibrated(
+            trained, session, manifest, about, folder
+        )
+        if texture is not None:
+            files["texture.npz"] = texture.pack()
         files["samples.png"] = samples(manifest, files)
     else:
         calibration = bundles.Calibration.hashes_alone(*_hashes(images, splits))
@@ -191,21 +201,23 @@ def _calibrated(
     manifest: bundles.Manifest,
     about: card.Training,
     folder: Path,
-) -> tuple[bundles.Calibration, str, bundles.Manifest]:
+) -> tuple[bundles.Calibration, str, bundles.Manifest, Texture | None]:
     """Score the held-out splits with the exported graph; return tables, card and manifest."""
     images, splits = trained.images, trained.splits
-    fit = _scored(session, trained, splits.fit, "fit split")
-    held_out = _scored(session, trained, splits.calibration, "calibration split")
-    fit_nll = np.sort(negative_log_likelihood(fit.log_likelihood, manifest.priors))
-    rows = negative_log_likelihood(held_out.log_likelihood, manifest.priors)
-    nll = tiling.per_image(rows, held_out.tiles)
-    fit_scores = np.sort(typicality(fit_nll, fit_nll))
-    scores = tiling.image_scores(typicality(rows, fit_nll), held_out.tiles, fit_scores)
+    texture = _texture(session, trained) if trained.spec.tiled else None
+    fit = _scored(session, trained, splits.fit, "fit split", texture)
+    held_out = _scored(session, trained, splits.calibration, "calibration split", texture)
+    fit_nll = negative_log_likelihood(fit.log_likelihood, manifest.priors)
+    nll = negative_log_likelihood(held_out.log_likelihood, manifest.priors)
+    if held_out.texture is not None:
+        scores = held_out.texture
+    else:
+        score = make_score(manifest.score_name, Fit(fit_nll, fit.statistics))
+        scores = score(nll, held_out.statistics)
     n = len(scores)
     training, calibrating = _hashes(images, splits)
     calibration = bundles.Calibration(
-        fit_nll=fit_nll,
-        fit_statistics=fit.statistics,
+        **bundles.Calibration.by_nll(fit_nll, fit.statistics),
         scores=np.sort(scores),
         p_table=conformal.p_table(n),
         training_hashes=training,
@@ -221,15 +233,15 @@ def _calibrated(
     rank = int(np.searchsorted(calibration.p_table, alpha, side="right"))
     threshold = float(calibration.scores[n - rank]) if rank else float(calibration.scores[-1])
     text = card.write_card(manifest, about, calibration.scores, threshold, strangest)
-    table, picture = report.write_strangest(folder, strangest, sheet)
+    listed, picture = report.write_strangest(folder, strangest, sheet)
     say(f"alpha {alpha:g} from {n:,} calibration images")
     if alpha > conformal.DEFAULT_ALPHA:
         say(
             f"{n} calibration images allow no smaller alpha than {alpha:g}; for "
             f"{conformal.DEFAULT_ALPHA} calibrate with {conformal.images_needed(0.01)}"
         )
-    say(f"look at the {len(strangest)} strangest held-out normals: {picture}, {table}")
-    return calibration, text, manifest
+    say(f"look at the {len(strangest)} strangest held-out normals: {picture}, {listed}")
+    return calibration, text, manifest, texture
 
 
 def _hashes(images: TrainingData, splits: Splits) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
@@ -239,7 +251,25 @@ def _hashes(images: TrainingData, splits: Splits) -> tuple[NDArray[np.uint64], N
     return training, np.unique(images.hashes[calibrating])
 
 
-def _scored(session: Session, trained: Trained, rows: NDArray[np.int64], what: str) -> Raw:
+def _texture(session: Session, trained: Trained) -> Texture:
+    """Fit the texture to photographs of the fit split, drawn until they have `FIT_PIXELS`."""
+    rows = np.random.default_rng(0).permutation(trained.splits.fit)
+    fields: list[Field] = []
+    with counting("reading texture", len(rows)) as advance:
+        for row in rows:
+            if sum(field.grey.size for field in fields) < FIT_PIXELS:
+                fields.append(tiling.field(session, trained.spec, trained.images.pixels[row]))
+            advance(1)
+    return Texture.fit(fields)
+
+
+def _scored(
+    session: Session,
+    trained: Trained,
+    rows: NDArray[np.int64],
+    what: str,
+    texture: Texture | None = None,
+) -> Raw:
     """Score rows of the decoded images with the exported graph, reading a slab at a time."""
     pixels, spec = trained.images.pixels, trained.spec
     slab, parts = 1 if spec.tiled else 8 * session.batch, []
@@ -247,7 +277,7 @@ def _scored(session: Session, trained: Trained, rows: NDArray[np.int64], what: s
         for start in range(0, len(rows), slab):
             some = rows[start : start + slab]
             images = pixels[some] if isinstance(pixels, np.ndarray) else [pixels[some[0]]]
-            parts.append(tiling.run(session, spec, images, progress=advance))
+            parts.append(tiling.run(session, spec, images, texture=texture, progress=advance))
     return Raw.concat(parts)
 
 
@@ -278,8 +308,7 @@ def _test_split(session: Session, trained: Trained, data: str) -> _Measured:
             for place, label in zip(said.tolist(), scored.labels, strict=True)
         ]
         return _Measured(accuracy=float(np.mean(right)), images=len(scored))
-    rows = negative_log_likelihood(scored.raw.log_likelihood, trained.priors)
-    nll = tiling.per_image(rows, scored.raw.tiles)
+    nll = negative_log_likelihood(scored.raw.log_likelihood, trained.priors)
     bits = nll.mean() / (trained.model.shape.dims * math.log(2))
     return _Measured(bits_per_dim=float(bits), images=len(scored))
 
@@ -297,7 +326,7 @@ def _manifest(
         created=datetime.now(UTC).replace(microsecond=0).isoformat(),
         image=trained.spec,
         likelihood=model.likelihood if isinstance(model, Density) else "none",
-        score_name="typicality" if model.kind == "density" else "none",
+        score_name=_score_name(trained),
         guarantee={"kind": "marginal", "confidence": None},
         classes=trained.classes or None,
         priors=trained.priors,
@@ -313,6 +342,12 @@ def _manifest(
         data_digest=trained.images.digest,
         licence=licence or "unspecified",
     )
+
+
+def _score_name(trained: Trained) -> str:
+    if trained.model.kind != "density":
+        return "none"
+    return "texture" if trained.spec.tiled else SCORE
 
 
 def _golden(session: Session, spec: ImageSpec, kind: str) -> bundles.Golden:

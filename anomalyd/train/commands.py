@@ -26,8 +26,8 @@ from anomalyd.sources import open_source
 from anomalyd.train import loop
 from anomalyd.train.bundling import SPLITS, Trained, graphs, samples, write
 from anomalyd.train.data import TrainingData, excluded, gather, reopen
-from anomalyd.train.export import check_parity
-from anomalyd.train.models import build
+from anomalyd.train.export import check_parity, outputs_of
+from anomalyd.train.models import assemble
 from anomalyd.train.progress import counting, say, training
 from anomalyd.train.recipe import Recipe, default_recipe, parse_recipe, read_recipe
 from anomalyd.train.splits import near_duplicates, split
@@ -63,6 +63,7 @@ def train(
     recipe: Path | None = None,
     seed: int | None = None,
     on_mismatch: str | None = None,
+    shrink: int | None = None,
     licence: str | None = None,
 ) -> int:
     """Train a model on normal images and write a bundle, calibrated where it is a density.
@@ -89,12 +90,13 @@ def train(
         "width": image_size,
         "channels": channels,
         "on_mismatch": on_mismatch,
+        "shrink": shrink,
     }
     source = open_source(data, split="train", labels=labels, group=group)
     spec = _image_spec(source, chosen.image | {k: v for k, v in asked.items() if v is not None})
     chosen = dataclasses.replace(chosen, image=dataclasses.asdict(spec))
     # A wrong option is told before images are read; two classes stand for those to be found.
-    build(chosen.model, spec, chosen.density, 2 if labels else 0)
+    _check_tiles(assemble(chosen, spec, 2 if labels else 0), spec)
     job = _Job(data, chosen.to_toml(), labels, minutes, str(init) if init else None, licence)
     _claim(folder)
     with counting("decoding", len(source)) as advance:
@@ -187,6 +189,19 @@ def _image_spec(source: Source, asked: dict[str, object]) -> ImageSpec:
     return ImageSpec(**asked)  # type: ignore[arg-type]
 
 
+def _check_tiles(model: Model, spec: ImageSpec) -> None:
+    """Refuse a density that cannot score photographs, before it is trained."""
+    shape = (1, spec.height, spec.width, spec.channels)
+    if spec.tiled and model.kind == "density":
+        with torch.no_grad():
+            outputs = outputs_of(model(torch.zeros(shape, dtype=torch.uint8)))
+        if "excess_map" not in outputs:
+            raise UsageError(
+                "--on-mismatch tile: photographs are scored by what a density expects of every "
+                "pixel, which this one does not say; take a PixelCNN or PixelRNN"
+            )
+
+
 def _first_shape(source: Source) -> tuple[int, int, int]:
     """Height, width and channels of the first image that can be read."""
     first = ""
@@ -225,7 +240,7 @@ def _run(job: _Job, out: Path, folder: Path, *, device: str, resume: bool) -> in
     torch.set_num_threads(available_cpus())
     torch.manual_seed(recipe.train.seed)
     classes, labels = _classes(images) if job.labels else ([], None)
-    model = build(recipe.model, spec, recipe.density, len(classes))
+    model = assemble(recipe, spec, len(classes))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     say(
         f"{recipe.model}: {parameters:,} parameters, "
@@ -289,11 +304,9 @@ def _recipe_of(bundle: Path) -> Recipe:
 def _start_from(model: Model, recipe: Recipe, init: Path) -> None:
     """Take the weights of a bundle: all of them, or of another model those that fit."""
     weights = bundles.read_bundle(init).read("weights.safetensors")
-    theirs = _recipe_of(init).model
-    if theirs == recipe.model:
-        load_weights(model, weights, str(init))
-    else:
-        taken = start_from(model, unpack_weights(weights, str(init)))
+    taken = start_from(model, unpack_weights(weights, str(init)))
+    if len(taken) < len(model.state_dict()):
+        theirs = _recipe_of(init).model
         say(f"{len(taken)} tensors of {init} ({theirs}) are the start of this {recipe.model}")
 
 
@@ -305,7 +318,7 @@ def export(bundle: Path) -> int:
     """
     old = bundles.read_bundle(bundle)
     recipe, manifest = _recipe_of(bundle), old.manifest
-    model = build(recipe.model, manifest.image, recipe.density, len(manifest.classes or ()))
+    model = assemble(recipe, manifest.image, len(manifest.classes or ()))
     load_weights(model, old.read("weights.safetensors"), str(bundle))
     files = graphs(model)
     parity = check_parity(model, files["model.onnx"], old.golden.images)

@@ -33,6 +33,8 @@ OPSET = 20
 TOLERANCE = 1e-5
 """Largest difference between torch and onnxruntime, bits per dimension."""
 
+AS_OUTPUT = ".output"
+
 LOOSE = 1e-3
 """The same for posteriors in nats and for features, which nothing is promised about."""
 
@@ -162,7 +164,7 @@ def _exported(
                 (),
                 kwargs=given,
                 input_names=list(given),
-                output_names=outputs,
+                output_names=[f"{name}{AS_OUTPUT}" for name in outputs],
                 opset_version=OPSET,
                 dynamo=True,
                 dynamic_shapes={name: {} if name == "place" else {0: images} for name in given},
@@ -177,6 +179,7 @@ def _exported(
         raise ExportError(f"{what} cannot be exported: no graph came back")
     proto = program.model_proto
     _strip_traces(proto)
+    _name_outputs(proto.graph, outputs)
     return bytes(proto.SerializeToString())
 
 
@@ -223,6 +226,17 @@ def _strip_traces(proto: Any) -> None:
     """Drop stack traces that the exporter notes on every node: paths of the machine it ran on."""
     _strip_graph(proto.graph)
     del proto.metadata_props[:]
+
+
+def _name_outputs(graph: Any, outputs: list[str]) -> None:
+    """Give outputs their names; a value inside that the exporter called the same makes way."""
+    names = {name: f"{name}.inner" for name in outputs}
+    names |= {f"{name}{AS_OUTPUT}": name for name in outputs}
+    for node in graph.node:
+        node.input[:] = [names.get(name, name) for name in node.input]
+        node.output[:] = [names.get(name, name) for name in node.output]
+    for value in (*graph.value_info, *graph.output, *graph.initializer):
+        value.name = names.get(value.name, value.name)
 
 
 def _strip_graph(graph: Any) -> None:

@@ -359,7 +359,7 @@ def _schedule(step: int, budget: int, warmup: int) -> float:
 
 def _optimizers(model: Model, settings: TrainSettings) -> list[torch.optim.Optimizer]:
     """Kernels by `settings.optimizer`; what embeds or reads out, and vectors, always by AdamW."""
-    parameters = dict(model.named_parameters())
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     kernels = [p for name, p in parameters.items() if p.ndim >= 2 and not model.is_edge(name)]
     chosen = {id(p) for p in kernels}
     rest = [p for p in parameters.values() if id(p) not in chosen]

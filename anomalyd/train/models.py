@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 
     from anomalyd.density.base import Model
     from anomalyd.images import ImageSpec
+    from anomalyd.train.recipe import Recipe
 
-__all__ = ["MODELS", "build"]
+__all__ = ["MODELS", "assemble", "build"]
 
 MODELS = {
     "gated-pixelcnn": "anomalyd.density.gated_pixelcnn:GatedPixelCNN",
@@ -32,6 +33,32 @@ MODELS = {
     "autoencoder": "anomalyd.density.autoencoder:Autoencoder",
     "classifier": "anomalyd.density.classifier:Classifier",
 }
+
+
+def assemble(recipe: Recipe, spec: ImageSpec, classes: int = 0) -> Model:
+    """Make the model of a recipe, with its companions, and freeze what it says is frozen.
+
+    Raises:
+        UsageError: as `build`; companions of what is no density, nothing left to train.
+    """
+    model = build(recipe.model, spec, recipe.density, classes)
+    if recipe.local is not None or recipe.vae is not None:
+        if model.kind != "density" or recipe.local is None:
+            raise UsageError(
+                f"recipe of {recipe.model}: [local] and [vae] stand beside a density, and [vae] "
+                "beside [local]; leave them out or add what is missing"
+            )
+        from anomalyd.density.companions import Companions
+
+        local = build("pixelcnn", spec, recipe.local)
+        vae = None if recipe.vae is None else build("vae", spec, recipe.vae)
+        model = Companions(model, local, vae)  # type: ignore[arg-type]
+    for part in recipe.train.frozen:
+        check_key(part, [name for name, _ in model.named_children()], "recipe [train] frozen")
+        model.get_submodule(part).requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UsageError("recipe [train] frozen: nothing is left to train; name fewer parts")
+    return model
 
 
 def build(name: str, spec: ImageSpec, options: Mapping[str, Any], classes: int = 0) -> Model:

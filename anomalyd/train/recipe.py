@@ -3,6 +3,8 @@
 model = "gated-pixelcnn"
 [image]      anomalyd.images.ImageSpec; what is not given is read off the first image
 [density]    keyword arguments of the density's class
+[local]      of a PixelCNN beside it, and
+[vae]        of a variational autoencoder: companions, each where its table stands
 [train]      anomalyd.train.settings.TrainSettings
 """
 
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["Recipe", "default_recipe", "read_recipe"]
 
 IMAGE_KEYS = ("height", "width", "channels", "levels", "resize", "on_mismatch", "shrink")
-TABLES = ("model", "image", "density", "train")
+TABLES = ("model", "image", "density", "local", "vae", "train")
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,8 @@ class Recipe:
     model: str
     image: dict[str, Any] = field(default_factory=dict)
     density: dict[str, Any] = field(default_factory=dict)
+    local: dict[str, Any] | None = None
+    vae: dict[str, Any] | None = None
     train: TrainSettings = field(default_factory=TrainSettings)
 
     def to_toml(self) -> str:
@@ -43,8 +47,12 @@ class Recipe:
         for name, table in (
             ("image", self.image),
             ("density", self.density),
+            ("local", self.local),
+            ("vae", self.vae),
             ("train", asdict(self.train)),
         ):
+            if table is None:
+                continue
             lines += ["", f"[{name}]"]
             lines += [f"{key} = {_value(value)}" for key, value in table.items()]
         return "\n".join(lines) + "\n"
@@ -85,7 +93,7 @@ def parse_recipe(text: str, where: str) -> Recipe:
         check_key(key, TABLES, where)
     if not isinstance(raw.get("model"), str):
         raise UsageError(f"{where}: model must name one of {', '.join(MODELS)}")
-    for table in ("image", "density", "train"):
+    for table in TABLES[1:]:
         if not isinstance(raw.get(table, {}), dict):
             raise UsageError(f"{where}: {table} must be a table, [{table}]")
     image = raw.get("image", {})
@@ -95,6 +103,8 @@ def parse_recipe(text: str, where: str) -> Recipe:
         model=raw["model"],
         image=image,
         density=raw.get("density", {}),
+        local=raw.get("local"),
+        vae=raw.get("vae"),
         train=from_table(TrainSettings, raw.get("train", {}), f"{where} [train]"),
     )
 

@@ -13,6 +13,9 @@ __all__ = ["TrainSettings"]
 class TrainSettings:
     """The [train] table of a recipe."""
 
+    frozen: tuple[str, ...] = setting(
+        (), help="parts that keep the weights they start with, such as main"
+    )
     epochs: float = setting(10.0, help="passes over the training split", low=0.0)
     batch_size: int = setting(16, help="images a step", low=1)
     optimizer: str = setting(

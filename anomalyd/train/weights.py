@@ -56,20 +56,24 @@ def load_weights(model: Model, data: bytes, where: str) -> None:
 def start_from(model: Model, weights: dict[str, Tensor]) -> list[str]:
     """Copy the tensors that `model` has under the same name in the same shape.
 
+    A density and the same one with companions, or a VAE that is one, differ by a prefix alone.
+
     Returns:
-        the names of what was taken, such as `encoder.convs.0.weight`.
+        the names in `model` of what was taken, such as `encoder.convs.0.weight`.
 
     Raises:
         TrainingError: nothing fits.
     """
-    own = model.state_dict()
-    taken = [
-        name for name, value in weights.items() if name in own and own[name].shape == value.shape
-    ]
+    own, taken = model.state_dict(), {}
+    for name, value in weights.items():
+        for alias in (name, f"main.{name}", name.removeprefix("main."), name.removeprefix("vae.")):
+            if alias not in taken and alias in own and own[alias].shape == value.shape:
+                taken[alias] = value
+                break
     if not taken:
         raise TrainingError(
             f"--init: no weight of that bundle fits this {type(model).__name__}; start from a "
             "model with the same encoder"
         )
-    model.load_state_dict({name: weights[name] for name in taken}, strict=False)
-    return taken
+    model.load_state_dict(taken, strict=False)
+    return list(taken)

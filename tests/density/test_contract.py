@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from anomalyd.density.base import Density, ImageShape
+from anomalyd.density.companions import Companions
 from anomalyd.density.gated_pixelcnn import GatedPixelCNN
 from anomalyd.density.hvae import HVAE
 from anomalyd.density.multiscale import Multiscale
@@ -65,6 +66,11 @@ def hvae(shape: ImageShape, **options) -> HVAE:
     return HVAE(shape, **(tiny | options))
 
 
+def companions(shape: ImageShape, **options) -> Companions:
+    main, local = pixelcnn(shape, **options), masked_pixelcnn(shape, blocks=0, kernel=5)
+    return Companions(main, local, vae(shape))
+
+
 AUTOREGRESSIVE = {
     f"pixelcnn-{shape.channels}-{pixel}": (pixelcnn, shape, {"pixel": pixel})
     for shape in (GREY, RGB)
@@ -90,6 +96,8 @@ DENSITIES = AUTOREGRESSIVE | {
     "vae-odd-size": (vae, ImageShape(7, 9, 1), {}),
     "vae-classes": (vae, GREY, {"classes": 5}),
     "vae-iwae-classes": (vae, RGB, {"classes": 2, "bound": "iwae", "samples": 2}),
+    "companions-grey": (companions, GREY, {"pixel": "hierarchical"}),
+    "companions-rgb-classes": (companions, RGB, {"classes": 3}),
     "hvae-grey": (hvae, GREY, {}),
     "hvae-three-layers": (hvae, RGB, {"latents": (4, 3, 2), "pixel": "hierarchical"}),
     "hvae-iwae": (hvae, ImageShape(7, 9, 1), {"bound": "iwae", "samples": 3}),

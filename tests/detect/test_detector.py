@@ -17,7 +17,7 @@ from PIL import Image
 from anomalyd import Detector
 from anomalyd.detect.bundle import Golden, pack_golden
 from anomalyd.detect.runtime import Raw, Session, available_cpus
-from anomalyd.detect.statistics import LARGEST, make_score, typicality
+from anomalyd.detect.statistics import LARGEST, Fit, make_score, typicality
 from anomalyd.errors import AlphaUnreachable, BundleError, CorruptImage, UsageError, WrongSize
 
 
@@ -256,8 +256,8 @@ def test_a_constant_fit_split_gives_finite_scores():
 
 def test_nll_is_a_score_of_its_own():
     """The plain likelihood, clamped to what JSON can hold."""
-    score = make_score("nll", np.array([1.0]))
-    np.testing.assert_array_equal(score(np.array([3.0, np.inf])), [3.0, LARGEST])
+    score = make_score("nll", Fit(np.array([1.0]), np.zeros((1, 1))))
+    np.testing.assert_array_equal(score(np.array([3.0, np.inf]), np.zeros((2, 1))), [3.0, LARGEST])
 
 
 # Runtime
