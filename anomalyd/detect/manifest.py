@@ -39,8 +39,8 @@ OUTPUTS = {
 """Kind -> the outputs that its graph must have, the one that golden.npz holds it to first."""
 FOREIGN = {
     "density": ("log_posterior",),
-    "classifier": ("log_likelihood", "nll_map"),
-    "autoencoder": ("log_likelihood", "log_posterior", "nll_map"),
+    "classifier": ("log_likelihood", "nll_map", "excess_map"),
+    "autoencoder": ("log_likelihood", "log_posterior", "nll_map", "excess_map"),
 }
 """Kind -> the outputs that its graph must not have: they would say what it does not know."""
 

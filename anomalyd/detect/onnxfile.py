@@ -234,7 +234,7 @@ def _check_model(graph: Graph, manifest: Manifest) -> None:
 
 def _check_explain(graph: Graph, manifest: Manifest) -> None:
     _check_is_density(manifest)
-    _check_names(graph.outputs, set(), {"nll_map", "embedding"})
+    _check_names(graph.outputs, set(), {"nll_map", "excess_map", "embedding"})
     if not graph.outputs:
         raise _Refused("has no outputs; leave the file out")
     _check_scoring(graph, manifest)

@@ -79,6 +79,8 @@ def write_card(
         if test is not None
         else f"{training.validation:.4f} bits/dim{bound} on the validation split; no test split"
     )
+    names = [f"`{name}`" for name in manifest.statistics]
+    statistics, columns = ", ".join(names), 1 + len(names)
     per_class = f" for each of {len(manifest.classes)} classes" if manifest.classes else ""
     strange = "\n".join(
         f"| {place} | `{item.name}` | {item.p_value:.4f} | {item.bits_per_dim:.3f} |"
@@ -97,8 +99,10 @@ images. The rate of false alarms is then at most alpha, on average over calibrat
 live normal images are exchangeable with the calibration images. After a change of camera, light \
 or product they are not: run `anomalyd calibrate` on new normal images.
 
-Typicality is two-sided: it sees images that are less *or more* likely than normal ones. It \
-cannot see an outlier whose likelihood is that of a normal image, such as a small patch or a flip.
+The score is the distance to the nearest of the normal images that were set aside to fit it, in \
+{columns} columns made comparable by their ranks: -log p(x) and the statistics {statistics}. It is \
+no probability, and nothing is promised about outliers: flips, small changes of contrast and other \
+images with the statistics of normal ones pass. `anomalyd evaluate` measures what is caught.
 
 ## Scores of the calibration images
 

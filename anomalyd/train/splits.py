@@ -35,7 +35,7 @@ class Splits:
     Attributes:
         train: fits the weights.
         validation: early stop.
-        fit: the ranks that typicality is centred on.
+        fit: the normal images that a score compares with.
         calibration: conformal ranks and nothing else.
     """
 
