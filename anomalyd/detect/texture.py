@@ -49,7 +49,7 @@ RIDGE = 1e-2
 
 _ARRAYS = {
     "line": ("<f8", 1),
-    "spread": ("<f8", 0),
+    "spread": ("<f8", 1),
     "mean": ("<f8", 1),
     "whiten": ("<f8", 2),
     "quantiles": ("<f8", 2),
@@ -76,7 +76,7 @@ class Texture:
 
     Attributes:
         line: float64 (P,), from log brightness before a pixel, and 1, to its own.
-        spread: float64 (), standard deviation of what that leaves.
+        spread: float64 (1,), standard deviation of what that leaves.
         mean: float64 (F,), of the window means.
         whiten: float64 (F, F): distance^2 = |(x - mean) whiten|^2.
         quantiles: float64 (B, Q), rising: distance^2 / 2 that a share exp(-LEVELS) of the pixels
@@ -154,7 +154,7 @@ class Texture:
         many = CHANNELS * len(WINDOWS)
         shapes = {
             "line": (len(_BEFORE) + 1,),
-            "spread": (),
+            "spread": (1,),
             "mean": (many,),
             "whiten": (many, many),
             "quantiles": (len(BORDERS) + 1, len(LEVELS)),
@@ -166,7 +166,7 @@ class Texture:
                     f"texture.npz: {key.name} must be finite and of the shape {shape}, not "
                     f"{array.shape}; train again"
                 )
-        if not texture.spread > 0 or (np.diff(texture.quantiles) < 0).any():
+        if not texture.spread[0] > 0 or (np.diff(texture.quantiles) < 0).any():
             raise BundleError("texture.npz: spread must be positive, quantiles rise; train again")
         return texture
 
@@ -191,7 +191,7 @@ class Texture:
         log = np.log(field.grey + 8)
         weights = self.line.astype(np.float32)
         left = log - sum(w * x for w, x in zip(weights, _before(log), strict=False)) - weights[-1]
-        left = np.clip(left / np.float32(self.spread), -6, 6)
+        left = np.clip(left / np.float32(self.spread[0]), -6, 6)
         excess = np.clip(field.excess, -6, 6)
         return [
             left,
@@ -244,7 +244,7 @@ def _fit_line(images: Sequence[Floats]) -> tuple[NDArray[np.float64], NDArray[np
         square, count = square + float(y @ y), count + len(y)
     line = np.asarray(np.linalg.solve(normal + 1e-3 * np.eye(many), target), np.float64)
     left = float(square - 2 * line @ target + line @ normal @ line) / count
-    return line, np.asarray(np.sqrt(max(left, 1e-12)))
+    return line, np.sqrt([max(left, 1e-12)])
 
 
 def _window(channel: Floats, rows: int, columns: int) -> Floats:

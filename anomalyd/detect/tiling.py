@@ -150,9 +150,9 @@ class Canvas:
     def finished(self) -> NDArray[np.float32]:
         """The map of the image, float32 (height, width), once every tile was added."""
         down, across = self._scale
-        self._sum *= down[:, None]
-        self._sum *= across
-        return self._sum
+        finished = self._sum * down[:, None]
+        finished *= across
+        return finished
 
 
 def read(

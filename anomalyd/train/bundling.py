@@ -141,9 +141,7 @@ def write(trained: Trained, *, data: str, licence: str | None, out: Path, folder
     images, splits, model = trained.images, trained.splits, trained.model
     files = graphs(model)
     some = splits.validation[:PARITY_IMAGES]
-    parity = check_parity(
-        model, files["model.onnx"], crops(images.pixels, some, trained.spec, [0])
-    )
+    parity = check_parity(model, files["model.onnx"], crops(images.pixels, some, [0]))
     session = Session(files["model.onnx"], device="cpu")
     test = _test_split(session, trained, data)
     about = card.Training(

@@ -256,7 +256,6 @@ def _run(job: _Job, out: Path, folder: Path, *, device: str, resume: bool) -> in
             outcome = loop.fit(
                 model,
                 images.pixels,
-                spec,
                 splits,
                 recipe.train,
                 folder,

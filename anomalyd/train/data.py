@@ -14,7 +14,8 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
+from functools import cached_property
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,23 +49,19 @@ PIXELS, PHOTOGRAPHS = "pixels.npy", "photographs.bin"
 
 @dataclass(frozen=True, eq=False)
 class Photographs:
-    """Images of unlike sizes, as a sequence.
+    """Images of unlike sizes, as a sequence, and the random crops of them that are trained on.
 
     Attributes:
         flat: uint8, memory-mapped: all pixels of all images.
         shapes: N shapes (H, W, C).
-        starts: int64 (N,), where each image begins in `flat`.
+        tile: height and width of a crop after scaling down.
+        shrink: whole factor by which it is scaled down.
     """
 
     flat: NDArray[np.uint8]
     shapes: list[tuple[int, int, int]]
-    starts: NDArray[np.int64]
-
-    @staticmethod
-    def of(flat: NDArray[np.uint8], shapes: list[tuple[int, int, int]]) -> Photographs:
-        """The images of these shapes in that order."""
-        sizes = [0, *(math.prod(shape) for shape in shapes)]
-        return Photographs(flat, shapes, np.cumsum(sizes[:-1], dtype=np.int64))
+    tile: tuple[int, int]
+    shrink: int = 1
 
     def __len__(self) -> int:
         return len(self.shapes)
@@ -74,54 +71,55 @@ class Photographs:
         shape, start = self.shapes[row], self.starts[row]
         return self.flat[start : start + math.prod(shape)].reshape(shape)
 
+    @cached_property
+    def starts(self) -> list[int]:
+        """Where each image begins in `flat`."""
+        return [0, *accumulate(math.prod(shape) for shape in self.shapes)]
 
-def per_tile(
-    pixels: NDArray[np.uint8] | Photographs, rows: NDArray[np.int64], spec: ImageSpec
-) -> NDArray[np.int64]:
-    """Rows as often as a tile goes into each photograph: to read each once is to see its area.
-
-    Args:
-        pixels: all images; where they are of one size, rows stay as they are.
-        rows: int64 (n,).
-        spec: of the bundle.
-    """
-    if not isinstance(pixels, Photographs):
-        return rows
-    tile = spec.height * spec.width * spec.shrink**2
-    areas = [math.prod(pixels.shapes[row][:2]) for row in rows.tolist()]
-    return np.repeat(rows, [max(1, round(area / tile)) for area in areas])
+    def crops(self, rows: NDArray[np.int64], seed: Sequence[int]) -> NDArray[np.uint8]:
+        """A random tile of each row, uint8 (n, height, width, C); equal seeds cut equal tiles."""
+        corner = np.random.default_rng(seed).random((len(rows), 2))
+        height, width = (side * self.shrink for side in self.tile)
+        tiles = []
+        for (down, across), row in zip(corner.tolist(), rows.tolist(), strict=True):
+            # Cut first and scaled down then: at any pixel, not only where boxes begin.
+            image = self[row]
+            top = int(down * (image.shape[0] - height + 1))
+            left = int(across * (image.shape[1] - width + 1))
+            tiles.append(shrunk(image[top : top + height, left : left + width], self.shrink))
+        return np.stack(tiles)
 
 
 def crops(
-    pixels: NDArray[np.uint8] | Photographs,
-    rows: NDArray[np.int64],
-    spec: ImageSpec,
-    seed: Sequence[int],
+    pixels: NDArray[np.uint8] | Photographs, rows: NDArray[np.int64], seed: Sequence[int]
 ) -> NDArray[np.uint8]:
     """The images of some rows as the model trains on them: whole, or a random tile of each.
 
     Args:
         pixels: all images.
         rows: int64 (n,), which ones; a row may occur more than once.
-        spec: of the bundle.
-        seed: the same seed cuts the same tiles.
+        seed: of the tiles.
 
     Returns:
         uint8 (n, height, width, channels).
     """
+    return pixels.crops(rows, seed) if isinstance(pixels, Photographs) else pixels[rows]
+
+
+def per_tile(
+    pixels: NDArray[np.uint8] | Photographs, rows: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """Rows as often as tiles fill each photograph, so that one pass over them sees its area.
+
+    Args:
+        pixels: all images; where they are of one size, rows stay as they are.
+        rows: int64 (n,).
+    """
     if not isinstance(pixels, Photographs):
-        return pixels[rows]
-    corner = np.random.default_rng(seed).random((len(rows), 2))
-    tiles = np.empty((len(rows), spec.height, spec.width, spec.channels), np.uint8)
-    for place, row in enumerate(rows.tolist()):
-        # Cut first and scaled down then: at every place of the grid, not at one alone.
-        image, size = pixels[row], (spec.height * spec.shrink, spec.width * spec.shrink)
-        top, left = (
-            int(at * (side - span + 1))
-            for at, side, span in zip(corner[place], image.shape[:2], size, strict=True)
-        )
-        tiles[place] = shrunk(image[top : top + size[0], left : left + size[1]], spec.shrink)
-    return tiles
+        return rows
+    tile = math.prod(pixels.tile) * pixels.shrink**2
+    areas = [math.prod(pixels.shapes[row][:2]) for row in rows.tolist()]
+    return np.repeat(rows, [max(1, round(area / tile)) for area in areas])
 
 
 @dataclass(frozen=True)
@@ -219,7 +217,9 @@ def gather(
         "groups": groups,
         "labels": labels,
         "unreadable": unreadable,
-        "shapes": shapes if spec.tiled else None,
+        "photographs": {"shapes": shapes, "tile": [spec.height, spec.width], "shrink": spec.shrink}
+        if spec.tiled
+        else None,
     }
     (folder / "images.json").write_text(json.dumps(known), encoding="utf-8")
     return reopen(folder)
@@ -233,14 +233,14 @@ def reopen(folder: Path) -> TrainingData:
     """
     try:
         known = json.loads((folder / "images.json").read_text(encoding="utf-8"))
-        shapes = known.pop("shapes")
+        photographs = known.pop("photographs")
         pixels: NDArray[np.uint8] | Photographs
-        if shapes is None:
+        if photographs is None:
             rows = np.load(folder / PIXELS, mmap_mode="r", allow_pickle=False)
             pixels = rows[: len(known["names"])]
         else:
             flat = np.memmap(folder / PHOTOGRAPHS, np.uint8, "r")
-            pixels = Photographs.of(flat, [tuple(shape) for shape in shapes])
+            pixels = Photographs(flat, **photographs)
         return TrainingData(
             pixels=pixels,
             hashes=np.array(known.pop("hashes"), dtype=np.uint64),

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from anomalyd.density.base import Model
-    from anomalyd.images import ImageSpec
     from anomalyd.train.data import Photographs
     from anomalyd.train.settings import TrainSettings
     from anomalyd.train.splits import Splits
@@ -84,7 +83,6 @@ def pick_device(name: str) -> torch.device:
 def fit(
     model: Model,
     pixels: NDArray[np.uint8] | Photographs,
-    spec: ImageSpec,
     splits: Splits,
     settings: TrainSettings,
     folder: Path,
@@ -100,7 +98,6 @@ def fit(
     Args:
         model: trained in place.
         pixels: uint8 (N, H, W, C), or photographs, which are read in random crops.
-        spec: the images that the model takes.
         splits: which rows train and which validate.
         settings: the [train] table.
         folder: where checkpoint.safetensors and history.csv live.
@@ -115,7 +112,7 @@ def fit(
         TrainingError: nothing to resume, a checkpoint of another model, a loss that is not finite.
         KeyboardInterrupt: Ctrl-C, after a checkpoint was written.
     """
-    run = _Run(model, pixels, spec, labels, splits, settings, folder, device)
+    run = _Run(model, pixels, labels, splits, settings, folder, device)
     if resume:
         run.restore()
     else:
@@ -175,7 +172,6 @@ class _Run:
         self,
         model: Model,
         pixels: NDArray[np.uint8] | Photographs,
-        spec: ImageSpec,
         labels: NDArray[np.int64] | None,
         splits: Splits,
         settings: TrainSettings,
@@ -183,10 +179,10 @@ class _Run:
         device: torch.device,
     ) -> None:
         self.model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.pixels, self.labels, self.spec = pixels, labels, spec
+        self.pixels, self.labels = pixels, labels
         self.settings, self.device = settings, device
-        self.rows = per_tile(pixels, splits.train, spec)
-        self.validation = per_tile(pixels, splits.validation, spec)[:VALIDATION_IMAGES]
+        self.rows = per_tile(pixels, splits.train)
+        self.validation = per_tile(pixels, splits.validation)[:VALIDATION_IMAGES]
         self.checkpoint, self.history = folder / "checkpoint.safetensors", folder / "history.csv"
         self.average = _averaged(model, settings.ema)
         self.best = AveragedModel(model).module
@@ -279,7 +275,7 @@ class _Run:
         self, rows: NDArray[np.int64], seed: Sequence[int]
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return images uint8 (N, H, W, C) and labels int64 (N,) on the device."""
-        images = torch.from_numpy(crops(self.pixels, rows, self.spec, seed)).to(self.device)
+        images = torch.from_numpy(crops(self.pixels, rows, seed)).to(self.device)
         if self.labels is None:
             return images, None
         return images, torch.from_numpy(self.labels[rows]).to(self.device)
