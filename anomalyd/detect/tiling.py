@@ -150,7 +150,7 @@ class Canvas:
     def finished(self) -> NDArray[np.float32]:
         """The map of the image, float32 (height, width), once every tile was added."""
         down, across = self._scale
-        finished = self._sum * down[:, None]
+        finished: NDArray[np.float32] = np.multiply(self._sum, down[:, None])
         finished *= across
         return finished
 

@@ -79,8 +79,9 @@ def write_card(
         if test is not None
         else f"{training.validation:.4f} bits/dim{bound} on the validation split; no test split"
     )
-    names = [f"`{name}`" for name in manifest.statistics]
-    statistics, columns = ", ".join(names), 1 + len(names)
+    kind = "images"
+    if spec.tiled:
+        kind = f"tiles of photographs, scaled down by {spec.shrink},"
     per_class = f" for each of {len(manifest.classes)} classes" if manifest.classes else ""
     strange = "\n".join(
         f"| {place} | `{item.name}` | {item.p_value:.4f} | {item.bits_per_dim:.3f} |"
@@ -88,7 +89,7 @@ def write_card(
     )
     return f"""# {manifest.name}
 
-A `{training.model}` density{per_class} of {spec.height}x{spec.width} images with {spec.channels} \
+A `{training.model}` density{per_class} of {spec.height}x{spec.width} {kind} with {spec.channels} \
 channel(s), {manifest.parameters:,} parameters: {measured}.
 
 ## What its verdict means
@@ -99,10 +100,7 @@ images. The rate of false alarms is then at most alpha, on average over calibrat
 live normal images are exchangeable with the calibration images. After a change of camera, light \
 or product they are not: run `anomalyd calibrate` on new normal images.
 
-The score is the distance to the nearest of the normal images that were set aside to fit it, in \
-{columns} columns made comparable by their ranks: -log p(x) and the statistics {statistics}. It is \
-no probability, and nothing is promised about outliers: flips, small changes of contrast and other \
-images with the statistics of normal ones pass. `anomalyd evaluate` measures what is caught.
+{_score(manifest)} `anomalyd evaluate` measures what is caught.
 
 ## Scores of the calibration images
 
@@ -127,6 +125,26 @@ small p-values are expected: they are the {len(strangest)} smallest.
 {strange}
 
 {_history(manifest, training)}"""
+
+
+def _score(manifest: Manifest) -> str:
+    """What the score is, and what it is not."""
+    if manifest.image.tiled:
+        return (
+            "The score says how unusual the neighbourhoods of the photograph's pixels are: the "
+            "log of the mean over all pixels of 1 / (share of the fit split's pixels, as far from "
+            "the border, that are as unusual). The heat map shows these shares, pixel by pixel; "
+            "nothing is promised of it, nor about outliers: what changes slowly over the whole "
+            "photograph passes, and what lies within the variety of the normal surface."
+        )
+    names = ", ".join(f"`{name}`" for name in manifest.statistics)
+    return (
+        "The score is the distance to the nearest of the normal images that were set aside to fit "
+        f"it, in {1 + len(manifest.statistics)} columns made comparable by their ranks: -log p(x) "
+        f"and the statistics {names}. It is no probability, and nothing is promised about "
+        "outliers: flips, small changes of contrast and other images with the statistics of "
+        "normal ones pass."
+    )
 
 
 def write_plain_card(manifest: Manifest, training: Training) -> str:

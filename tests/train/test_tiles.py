@@ -136,9 +136,9 @@ def test_python_batch_and_daemon_say_the_same(bundle, photographs, capsys):
     for name in ("score", "p_value", "bits_per_dim"):
         assert row[name] == pytest.approx(getattr(verdict, name))
         assert result[name] == pytest.approx(getattr(verdict, name))
-    with Image.open(io.BytesIO(base64.b64decode(result["heatmap"]))) as picture:
-        with Image.open(path) as native:
-            assert picture.size[1] % native.size[1] == 0
+    picture = io.BytesIO(base64.b64decode(result["heatmap"]))
+    with Image.open(picture) as drawn, Image.open(path) as native:
+        assert drawn.size[1] % native.size[1] == 0
     assert refused.status_code == 422
     models.close()
 
