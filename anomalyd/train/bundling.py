@@ -124,12 +124,15 @@ def samples(manifest: bundles.Manifest, files: Mapping[str, bytes]) -> bytes:
     return png.getvalue()
 
 
-def write(trained: Trained, *, data: str, licence: str | None, out: Path, folder: Path) -> None:
+def write(
+    trained: Trained, *, data: str, group: str | None, licence: str | None, out: Path, folder: Path
+) -> None:
     """Write the bundle `out`, and the report on its strangest images into `folder`.
 
     Args:
         trained: the model and its history.
         data: the DATA argument, whose test split is scored where there is one.
+        group: the --group argument.
         licence: of the weights.
         out: the bundle's folder.
         folder: the run's folder.
@@ -147,6 +150,7 @@ def write(trained: Trained, *, data: str, licence: str | None, out: Path, folder
     about = card.Training(
         model=trained.recipe.model,
         data=data,
+        group=group,
         labels=bool(trained.classes),
         out=str(out),
         counts={name: len(getattr(splits, name)) for name in SPLITS},

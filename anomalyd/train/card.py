@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,7 @@ class Training:
     Attributes:
         model: name of the density.
         data: the DATA argument.
+        group: the --group argument.
         labels: whether the classes were given.
         out: the bundle's folder, as it was named.
         counts: images by split.
@@ -38,6 +40,7 @@ class Training:
 
     model: str
     data: str
+    group: str | None
     labels: bool
     out: str
     counts: dict[str, int]
@@ -173,6 +176,7 @@ starts another model from them.
 def _history(manifest: Manifest, training: Training) -> str:
     counts = ", ".join(f"{name} {count:,}" for name, count in training.counts.items())
     labels = " --labels" if training.labels else ""
+    group = f" --group {shlex.quote(training.group)}" if training.group else ""
     return f"""## How it was made
 
 | | |
@@ -186,7 +190,7 @@ def _history(manifest: Manifest, training: Training) -> str:
 
 `recipe.toml` holds every setting. One command trains it again:
 
-    anomalyd train {training.data}{labels} --recipe {training.out}/recipe.toml --out again
+    anomalyd train {training.data}{labels}{group} --recipe {training.out}/recipe.toml --out again
 """
 
 

@@ -97,7 +97,8 @@ def train(
     chosen = dataclasses.replace(chosen, image=dataclasses.asdict(spec))
     # A wrong option is told before images are read; two classes stand for those to be found.
     _check_tiles(assemble(chosen, spec, 2 if labels else 0), spec)
-    job = _Job(data, chosen.to_toml(), labels, minutes, str(init) if init else None, licence)
+    start = str(init) if init else None
+    job = _Job(data, chosen.to_toml(), labels, minutes, start, licence, group)
     _claim(folder)
     with counting("decoding", len(source)) as advance:
         gather(source, spec, folder, exclude=excluded(exclude), advance=advance)
@@ -115,6 +116,7 @@ class _Job:
     minutes: float | None = None
     init: str | None = None
     licence: str | None = None
+    group: str | None = None
 
     def write(self, folder: Path) -> None:
         # Written last: a run folder without it holds no complete set of images.
@@ -271,7 +273,7 @@ def _run(job: _Job, out: Path, folder: Path, *, device: str, resume: bool) -> in
     epochs = round(outcome.budget / outcome.steps_per_epoch, 3)
     recipe = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, epochs=epochs))
     trained = Trained(model, recipe, spec, images, splits, classes, labels, outcome)
-    write(trained, data=job.data, licence=job.licence, out=out, folder=folder)
+    write(trained, data=job.data, group=job.group, licence=job.licence, out=out, folder=folder)
     for unreadable in images.unreadable:
         say(f"not used: {unreadable}")
     return 3 if images.unreadable else 0
