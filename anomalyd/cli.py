@@ -184,8 +184,27 @@ def calibrate(
 )
 @click.option("--labels", is_flag=True, help="The normal images have classes.")
 @alpha
+@click.option(
+    "--fdr",
+    type=float,
+    metavar="Q",
+    help="Share of false flags that simulated batches are held against  [default: 0.1]",
+)
+@click.option(
+    "--base-rate",
+    type=float,
+    metavar="B",
+    help="Share of outliers that AUPR is stated for  [default: each set's own]",
+)
 @click.option("--limit", type=int, metavar="N", help="Take a sample of N images of each set.")
-@click.option("--seed", type=int, default=0, show_default=True, metavar="S", help="Of --limit.")
+@click.option(
+    "--seed",
+    type=int,
+    default=0,
+    show_default=True,
+    metavar="S",
+    help="Of --limit and the batches.",
+)
 @click.option(
     "--format",
     "kind",
@@ -194,6 +213,12 @@ def calibrate(
     show_default=True,
     help="What to print.",
 )
+@click.option("--report", type=PATH, metavar="FILE.html", help="Write a page with figures.")
+@click.option(
+    "--thumbnails/--no-thumbnails",
+    default=True,
+    help="Whether images stand in the report  [default: yes]",
+)
 @device
 def evaluate(
     bundle: Path,
@@ -201,16 +226,24 @@ def evaluate(
     outliers: tuple[str, ...],
     labels: bool,
     alpha: float | None,
+    fdr: float | None,
+    base_rate: float | None,
     limit: int | None,
     seed: int,
     kind: str,
+    report: Path | None,
+    thumbnails: bool,
     device: str,
 ) -> int:
     """Measure false alarms on normal images, and what is caught of outliers."""
     named = _named(outliers)
     from anomalyd.detect.detector import Detector
     from anomalyd.detect.evaluate import evaluate as run
+    from anomalyd.detect.report import check_report, write_report
     from anomalyd.sources import open_evaluation, open_source
+
+    if report is not None:
+        check_report(report)
 
     detector = Detector.load(bundle, device=device)
     detector.alpha(alpha)
@@ -224,12 +257,26 @@ def evaluate(
     total = sum(sizes if limit is None else (min(limit, size) for size in sizes))
     with _progress("evaluating", total) as advance:
         result = run(
-            detector, given.normal, sets, alpha=alpha, limit=limit, seed=seed, progress=advance
+            detector,
+            given.normal,
+            sets,
+            masks=given.masks,
+            alpha=alpha,
+            fdr=fdr,
+            base_rate=base_rate,
+            limit=limit,
+            seed=seed,
+            progress=advance,
         )
     _name_unreadable(result.unreadable)
     for name, seen in result.seen.items():
         if seen:
             _say(f"{name}: {len(seen)} images left out, seen in training: {_some(seen)}")
+    for warning in result.warnings:
+        _say(f"warning: {warning}")
+    if report is not None:
+        write_report(report, result, detector, masks=given.masks, thumbnails=thumbnails)
+        _say(f"{report} written")
     if kind == "json":
         _print_json(result.to_dict())
     else:
@@ -289,7 +336,7 @@ def score(
     """Judge every image in PATH... and print one verdict an image, in order."""
     from anomalyd.detect.detector import Detector
     from anomalyd.detect.output import file_format
-    from anomalyd.detect.score import Scoring, score_to_file, score_to_stream
+    from anomalyd.detect.score import Scoring, check_fdr, score_to_file, score_to_stream
     from anomalyd.sources import open_paths
 
     if resume and output is None:
@@ -301,6 +348,14 @@ def score(
         detector.alpha(alpha), fdr=fdr, explain=explain, heatmaps=heatmaps, flips=flips
     )
     source = open_paths(paths)
+    if fdr is not None:
+        n, m = detector.manifest.calibration_n, len(source)
+        fewest = check_fdr(detector, fdr, m)
+        _say(f"--fdr {fdr:g}: on average over batches at most {fdr:g} of the flags are false")
+        _say(
+            f"with {n:,} calibration and {m:,} batch images no fewer than {fewest:,} flags are "
+            "possible, or none"
+        )
     with _progress("scoring", len(source)) as advance:
         if output is None:
             summary = score_to_stream(
@@ -312,12 +367,8 @@ def score(
             )
     if summary.unreadable == summary.images:
         raise AnomalydError(f"none of {summary.images} inputs could be read")
-    tiles = detector.calibration.tiles
-    if summary.unfamiliar and tiles is not None:
-        _say(
-            f"{summary.unfamiliar} images are smaller or larger than any that the bundle is "
-            f"calibrated on ({tiles[0]} to {tiles[-1]} tiles): their p-values promise nothing"
-        )
+    if warning := detector.size_warning(summary.unfamiliar):
+        _say(warning)
     rule = f"alpha {scoring.alpha:g}" if fdr is None else f"a false discovery rate of {fdr:g}"
     unreadable = f", {summary.unreadable} could not be read" if summary.unreadable else ""
     _say(f"{summary.images} images, {summary.outliers} outliers at {rule}{unreadable}")
@@ -553,8 +604,9 @@ def _named(outliers: tuple[str, ...]) -> dict[str, str]:
         name, equals, data = text.partition("=")
         if not (name and equals and data):
             raise UsageError(f"--outliers {text}: say NAME=DATA, as in mnist=data/mnist:test")
-        if name in named:
-            raise UsageError(f"--outliers {name}: given twice; each set needs a name of its own")
+        if name in named or name == "normal":
+            why = "given twice" if name in named else "that is the normal images' name"
+            raise UsageError(f"--outliers {name}: {why}; each set needs a name of its own")
         named[name] = data
     return named
 
@@ -609,35 +661,85 @@ def _promise(confidence: float | None) -> str:
 
 def _print_evaluation(result: Evaluated) -> None:
     from rich.console import Console
-    from rich.table import Table
 
-    console = Console(highlight=False)
-    alarms = result.false_alarms
-    low, high = alarms.band
+    # Piped, a table is as wide as it needs; on a terminal it folds.
+    width = None if sys.stdout.isatty() else 10_000
+    console = Console(highlight=False, markup=False, emoji=False, width=width)
+    level = result.level
+    low, high = level.band
     console.print(
         f"{result.bundle}: {result.bits_per_dim:.4f} bits/dim ({result.likelihood}) "
-        f"on {result.n:,} normal images"
+        f"on {len(result.normal):,} normal images"
     )
     console.print(
-        f"false alarms {alarms.observed:.4f} at alpha {alarms.alpha:g}; "
+        f"false alarms {level.observed:.4f} at alpha {level.alpha:g}; "
         f"99.9 % of such runs fall in [{low:.4f}, {high:.4f}]"
     )
     if not result.outliers:
         return
-    table = Table(box=None, pad_edge=False)
-    for heading in ("outliers", "images", "AUROC", "FPR95", f"caught at {alarms.alpha:g}", "95 %"):
-        table.add_column(heading, justify="left" if heading == "outliers" else "right")
+    console.print(_table(*_verdict_rows(result)))
+    if len(result.normal.scores) > 1:
+        console.print()
+        console.print(_table(*_score_rows(result)))
+    console.print()
+    console.print(_table(*_batch_rows(result)))
+
+
+def _verdict_rows(result: Evaluated) -> tuple[list[str], list[list[str]]]:
+    """One row a set: what verdicts rest on."""
+    level = result.level
+    headings = ["outliers", "images", "AUROC", "95 %", "AUPR", "base rate", "FPR95"]
+    headings += [f"caught at {level.alpha:g}", "95 %"]
+    if result.localisation:
+        headings += ["pixel AUROC", "AUPRO"]
+    rows = []
     for name, found in result.outliers.items():
-        low, high = found.recall_ci95
-        table.add_row(
-            name,
-            f"{found.n:,}",
-            f"{found.auroc:.4f}",
-            f"{found.fpr95:.4f}",
-            f"{found.recall:.4f}",
-            f"{low:.3f} - {high:.3f}",
-        )
-    console.print(table)
+        verdict, recall = found.verdict, level.recall[name]
+        row = [name, f"{found.n:,}", f"{verdict.auroc:.4f}", _interval(verdict.auroc_ci95)]
+        row += [f"{verdict.aupr:.4f}", f"{found.base_rate:.3g}", f"{verdict.fpr95:.4f}"]
+        row += [f"{recall.value:.4f}", _interval(recall.ci95)]
+        if result.localisation:
+            where = found.localisation
+            row += [f"{where.pixel_auroc:.4f}", f"{where.aupro:.4f}"] if where else ["", ""]
+        rows.append(row)
+    return headings, rows
+
+
+def _score_rows(result: Evaluated) -> tuple[list[str], list[list[str]]]:
+    """One row a score: its AUROC on each set."""
+    rows = [
+        [score, *(f"{found.scores[score].auroc:.4f}" for found in result.outliers.values())]
+        for score in result.normal.scores
+    ]
+    return ["AUROC by score", *result.outliers], rows
+
+
+def _batch_rows(result: Evaluated) -> tuple[list[str], list[list[str]]]:
+    """One row a set: what was flagged in batches with its outliers."""
+    headings = [f"flagged by --fdr {result.fdr:g}", "batch", "outliers in it"]
+    headings += ["false flags, mean", "standard error", "caught"]
+    rows = []
+    for name, found in result.outliers.items():
+        batches = found.discoveries
+        row = [name, f"{batches.batch:,}", f"{batches.outliers:,}", f"{batches.mean_fdp:.4f}"]
+        rows.append([*row, f"{batches.standard_error:.4f}", f"{batches.power:.4f}"])
+    return headings, rows
+
+
+def _interval(ends: tuple[float, float]) -> str:
+    return f"{ends[0]:.3f} - {ends[1]:.3f}"
+
+
+def _table(headings: list[str], rows: list[list[str]]) -> Any:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False)
+    for number, heading in enumerate(headings):
+        table.add_column(Text(heading), justify="right" if number else "left")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    return table
 
 
 def _description(content: Any) -> str:

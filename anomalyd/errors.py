@@ -135,7 +135,7 @@ class BundleError(AnomalydError):
 
 
 class AlphaUnreachable(AnomalydError):
-    """An alpha that the calibration set is too small for."""
+    """An alpha, or a false discovery rate, that the calibration set is too small for."""
 
 
 class CalibrationError(AnomalydError):

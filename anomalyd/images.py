@@ -25,6 +25,8 @@ import os
 import stat
 import struct
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -54,7 +56,16 @@ from anomalyd.errors import (
     WrongSize,
 )
 
-__all__ = ["ImageSpec", "Limits", "content_hash", "decode", "to_pixels"]
+__all__ = [
+    "Header",
+    "ImageSpec",
+    "Limits",
+    "content_hash",
+    "decode",
+    "read_header",
+    "to_mask",
+    "to_pixels",
+]
 
 _PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 _MAGIC = (
@@ -174,6 +185,23 @@ class Limits:
 _DEFAULT_LIMITS = Limits()
 
 
+class Header(NamedTuple):
+    """What an image says of itself before any pixel is decoded.
+
+    Attributes:
+        width, height: pixels as stored, before the EXIF orientation.
+        codec: "JPEG", "WebP" or "lossless": pixels bear no trace of which lossless one it was.
+        bits: of a channel, or of a palette's index.
+        mode: Pillow's name for the kind of pixels: "L", "RGB", "P" and so on.
+    """
+
+    width: int
+    height: int
+    codec: str
+    bits: int
+    mode: str
+
+
 def to_pixels(
     image: bytes | memoryview | Path | NDArray[np.uint8],
     spec: ImageSpec,
@@ -213,20 +241,66 @@ def decode(
     _check_bytes(len(data), limits)
     data = bytes(data)
     kind = _format(data)
-    try:
+    with _decoding(kind):
         pixels = _plain_png(data, limits) if kind == "PNG" else None
         if pixels is None:
             pixels = _to_8_bit(_load(data, kind, limits), kind)
-    except ImageError:
-        raise
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise TooManyPixels(f"{kind} image holds a part of too many pixels: {error}") from error
-    except _DECODER_ERRORS as error:
-        what = " ".join(str(error).split()) or type(error).__name__
-        raise CorruptImage(
-            f"{kind} image is truncated or damaged ({what}); get it again from its source"
-        ) from error
     return _to_channels(pixels, channels)
+
+
+def read_header(
+    image: bytes | memoryview | Path | NDArray[np.uint8], limits: Limits = _DEFAULT_LIMITS
+) -> Header:
+    """Returns what the header of an image says; nothing is decoded.
+
+    Args:
+        image: as for `to_pixels`; bare pixels are 8 bits and lossless.
+        limits: budgets in bytes and pixels.
+
+    Raises:
+        ImageError: the subclass says in which way the header is bad.
+    """
+    if isinstance(image, np.ndarray):
+        height, width, *channels = image.shape
+        return Header(width, height, "lossless", 8, "RGB" if channels == [3] else "L")
+    data = bytes(_read(image, limits) if isinstance(image, Path) else image)
+    kind = _format(data)
+    with _decoding(kind):
+        opened = _open(data, kind, limits)
+        lossless = data[12:16] == b"VP8L" if kind == "WebP" else kind != "JPEG"
+        if opened.info.get("compression") == "jpeg":
+            kind, lossless = "JPEG", False  # within a TIFF
+        codec = "lossless" if lossless else kind
+        return Header(*opened.size, codec, _bits(data, kind, opened), opened.mode)
+
+
+def to_mask(
+    image: Path, spec: ImageSpec, shape: tuple[int, int], limits: Limits = _DEFAULT_LIMITS
+) -> NDArray[np.bool_]:
+    """Returns which pixels of an image's map a mask marks: those where it is not black.
+
+    A mask of the map's own shape is taken as it is; any other goes the way of the image that it
+    belongs to, by the policy of `ImageSpec.on_mismatch`, but takes the nearest pixel.
+
+    Args:
+        image: the path of the mask.
+        spec: of the image.
+        shape: (H, W) of the map.
+        limits: budgets in bytes and pixels.
+
+    Returns:
+        bool (H, W).
+
+    Raises:
+        ImageError: the subclass says in which way the mask is bad.
+    """
+    mask = decode(_read(image, limits), 1, limits)[..., 0] > 0
+    if mask.shape == shape:
+        return mask
+    height, width = mask.shape
+    box = _box(width, height, spec)
+    fitted = Image.fromarray(mask).resize(shape[::-1], Image.Resampling.NEAREST, box)
+    return np.asarray(fitted)
 
 
 def content_hash(pixels: NDArray[np.uint8]) -> int:
@@ -291,8 +365,24 @@ def _format(data: bytes) -> str:
 # --- decoding ---------------------------------------------------------------------------------
 
 
-def _load(data: bytes, kind: str, limits: Limits) -> ImageFile:
-    """Pillow's image, whole and upright, of exactly one frame within the pixel budget."""
+@contextmanager
+def _decoding(kind: str) -> Iterator[None]:
+    """Turns what readers raise on damaged bytes into an ImageError that names the format."""
+    try:
+        yield
+    except ImageError:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise TooManyPixels(f"{kind} image holds a part of too many pixels: {error}") from error
+    except _DECODER_ERRORS as error:
+        what = " ".join(str(error).split()) or type(error).__name__
+        raise CorruptImage(
+            f"{kind} image is truncated or damaged ({what}); get it again from its source"
+        ) from error
+
+
+def _open(data: bytes, kind: str, limits: Limits) -> ImageFile:
+    """Pillow's image of exactly one frame within the pixel budget, not yet decoded."""
     # These two readers allocate when they open, so their headers are read before.
     if kind == "GIF":
         _check_gif(data, limits)
@@ -302,6 +392,21 @@ def _load(data: bytes, kind: str, limits: Limits) -> ImageFile:
     _check_pixels(*image.size, limits)
     if getattr(image, "is_animated", False):
         raise _animated(kind)
+    return image
+
+
+def _bits(data: bytes, kind: str, image: ImageFile) -> int:
+    """Bits of a channel, which Pillow's mode does not always tell."""
+    if kind == "PNG":
+        return data[24]
+    if isinstance(image, TiffImageFile):
+        return int(max(image.tag_v2.get(258, (1,))))
+    return 1 if image.mode == "1" else 16 if image.mode.startswith("I") else 8
+
+
+def _load(data: bytes, kind: str, limits: Limits) -> ImageFile:
+    """Pillow's image, whole and upright."""
+    image = _open(data, kind, limits)
     image.load()
     ImageOps.exif_transpose(image, in_place=True)
     return image

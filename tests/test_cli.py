@@ -86,7 +86,7 @@ def test_every_command_has_help(run, command):
             "--exclude --init --resume --recipe",
         ),
         ("calibrate", "--confidence --refit --group"),
-        ("evaluate", "--normal --outliers --labels --alpha --limit --seed --format"),
+        ("evaluate", "--normal --outliers --labels --alpha --limit --seed --format --report"),
         ("score", "--alpha --fdr --format --output --heatmaps --explain --device --resume"),
         ("serve", "--host --port --default-model --device --config"),
         ("sample", "--label --seed --output"),
@@ -146,6 +146,16 @@ def test_score_prints_data_on_stdout_and_a_summary_on_stderr(run, bundle, images
     assert "outliers at alpha 0.01" in err
 
 
+def test_score_says_what_a_false_discovery_rate_promises(run, bundle, images):
+    """The promise, and the fewest flags that n calibration and m batch images allow."""
+    code, out, err = run("score", bundle, images, "--format", "jsonl", "--fdr", "0.1")
+    assert code == 0
+    assert "on average over batches at most 0.1 of the flags are false" in err
+    assert "with 199 calibration and 21 batch images no fewer than 2 flags are possible" in err
+    assert err.splitlines()[-1].startswith("21 images, ")
+    assert sum(json.loads(line)["outlier"] for line in out.splitlines()) in (0, *range(2, 22))
+
+
 def test_unreadable_inputs_are_exit_code_3(run, bundle, images, tmp_path):
     """Named in their rows, and nothing else is lost."""
     (tmp_path / "broken.png").write_bytes((images / "white.png").read_bytes()[:40])
@@ -171,6 +181,7 @@ def test_errors_are_one_line(run, bundle, images, tmp_path):
         (["score", bundle, images, "--alpha", "2"], 2, "between 0 and 1"),
         (["score", bundle, images, "--alpha", "x"], 2, "--alpha"),
         (["score", bundle, images, "--fdr", "2"], 2, "--fdr"),
+        (["score", bundle, images, "--fdr", "1e-3"], 1, "--fdr 0.001 needs 999 calibration"),
         (["score", bundle, images, "--output", tmp_path / "x.txt"], 2, ".parquet"),
         (["score", bundle, images, "--output", tmp_path / "no/x.csv"], 1, "cannot be written"),
         (["score", bundle, images, "--resume"], 2, "--output"),
@@ -178,7 +189,15 @@ def test_errors_are_one_line(run, bundle, images, tmp_path):
         (["evaluate", bundle], 2, "--normal"),
         (["evaluate", bundle, "--normal", data, "--outliers", "x"], 2, "NAME=DATA"),
         (["evaluate", bundle, "--normal", data, "--outliers", "a=x", "--outliers", "a=y"], 2, "a"),
+        (["evaluate", bundle, "--normal", data, "--outliers", f"normal={data}"], 2, "normal"),
         (["evaluate", bundle, "--normal", data, "--limit", "0"], 2, "--limit"),
+        (["evaluate", bundle, "--normal", tmp_path / "nothing"], 1, "no such file"),
+        (["evaluate", bundle, "--normal", tmp_path / "empty"], 1, "holds no images"),
+        (["evaluate", bundle, "--normal", data, "--alpha", "1e-3"], 1, "needs 999 calibration"),
+        (["evaluate", bundle, "--normal", data, "--fdr", "1e-3"], 1, "--fdr 0.001 needs 999"),
+        (["evaluate", bundle, "--normal", data, "--base-rate", "2"], 2, "--base-rate"),
+        (["evaluate", bundle, "--normal", data, "--report", tmp_path / "x.pdf"], 2, ".html"),
+        (["evaluate", bundle, "--normal", data, "--report", tmp_path / "no/x.html"], 1, "folder"),
         (["calibrate", bundle, data, "--confidence", "95"], 2, "0.95"),
         (["calibrate", bundle, data, "--group", "x"], 2, "--refit"),
         (["sample", bundle], 1, "no sampler"),
@@ -271,6 +290,42 @@ def test_evaluate_prints_one_object_or_a_table(run, bundle, tmp_path):
     assert code == 0
     assert "white" in table
     assert "99.9 %" in table
+    rows = [line.split() for line in table.splitlines()]
+    assert ["nll", "1.0000"] in rows
+    assert ["max_pixel_nll", "1.0000"] in rows
+
+
+def test_evaluate_prints_names_as_they_are(run, bundle, tmp_path):
+    """No name is read as mark-up, and no row is cut where the output is no terminal."""
+    np.save(tmp_path / "x.npy", tiny.draw(30, seed=91))
+    names = ["[red]x[/red]", ":smile:", "a name that takes more than a third of a line"]
+    command = ["evaluate", bundle, "--normal", tmp_path / "x.npy"]
+    for name in names:
+        command += ["--outliers", f"{name}={tmp_path / 'x.npy'}"]
+    code, table, _ = run(*command)
+    assert code == 0
+    assert [name for name in names if table.count(name) != 3] == []
+
+
+def test_evaluate_writes_a_report(run, bundle, images, tmp_path):
+    """One file, said on stderr; with warnings there, and without images if so asked."""
+    np.save(tmp_path / "normal.npy", tiny.draw(300, seed=91))
+    command = ["evaluate", bundle, "--normal", tmp_path / "normal.npy", "--format", "json"]
+    command += ["--outliers", f"larger={images.parent / 'larger'}"]
+    (images.parent / "larger").mkdir()
+    for i, pixels in enumerate(tiny.draw(40, seed=92)):
+        Image.fromarray(pixels[..., 0]).resize((8, 8)).save(images.parent / f"larger/{i}.png")
+    report = tmp_path / "report.html"
+    code, out, err = run(*command, "--report", report)
+    assert code == 0
+    (warning,) = json.loads(out)["warnings"]
+    assert f"warning: {warning}\n" in err
+    assert f"{report} written" in err
+    text = report.read_text(encoding="utf-8")
+    assert warning in text
+    assert text.count("<img") == 16
+    assert run(*command, "--report", report, "--no-thumbnails")[1] == out
+    assert "<img" not in report.read_text(encoding="utf-8")
 
 
 def test_an_evaluation_root_brings_its_outliers(run, bundle, tmp_path):

@@ -25,7 +25,16 @@ from anomalyd.errors import (
     UsageError,
     WrongSize,
 )
-from anomalyd.images import ImageSpec, Limits, content_hash, decode, to_pixels
+from anomalyd.images import (
+    Header,
+    ImageSpec,
+    Limits,
+    content_hash,
+    decode,
+    read_header,
+    to_mask,
+    to_pixels,
+)
 
 GREY = ImageSpec(height=28, width=28, channels=1)
 LIMITS = Limits()
@@ -332,6 +341,61 @@ def test_an_impossible_spec_is_refused(bad):
     """A specification that cannot be met is an error where it is written."""
     with pytest.raises(UsageError):
         ImageSpec(**{"height": 8, "width": 8, "channels": 1} | bad)
+
+
+# --- headers and masks ------------------------------------------------------------------------
+
+
+def test_headers_say_what_pixels_do_not(photo, grey, tmp_path):
+    """Size, bits and kind of pixels as stored; every lossless codec is one."""
+    sixteen = grey.astype(np.uint16) * 257
+    for image, header in (
+        (grey, Header(28, 28, "lossless", 8, "L")),
+        (photo, Header(40, 30, "lossless", 8, "RGB")),
+        (encoded(photo), Header(40, 30, "lossless", 8, "RGB")),
+        (encoded(photo, "JPEG"), Header(40, 30, "JPEG", 8, "RGB")),
+        (encoded(photo, "WEBP"), Header(40, 30, "WebP", 8, "RGB")),
+        (encoded(photo, "WEBP", lossless=True), Header(40, 30, "lossless", 8, "RGB")),
+        (encoded(photo, "TIFF", compression="jpeg"), Header(40, 30, "JPEG", 8, "RGB")),
+        (encoded(photo, "TIFF"), Header(40, 30, "lossless", 8, "RGB")),
+        (encoded(grey, "GIF"), Header(28, 28, "lossless", 8, "P")),
+        (encoded(sixteen), Header(28, 28, "lossless", 16, "I;16")),
+        (encoded(sixteen, "TIFF"), Header(28, 28, "lossless", 16, "I;16")),
+        (encoded(grey > 99), Header(28, 28, "lossless", 1, "1")),
+        (png(2, 1, 16, 2, b"\0" + bytes(12)), Header(2, 1, "lossless", 16, "RGB")),
+    ):
+        assert read_header(image) == header
+    (tmp_path / "x").write_bytes(encoded(photo, "JPEG"))
+    assert read_header(tmp_path / "x") == Header(40, 30, "JPEG", 8, "RGB")
+    with pytest.raises(CorruptImage):
+        read_header(encoded(photo)[:20])
+
+
+@pytest.mark.parametrize("policy", ["refuse", "crop", "resize"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_mask_goes_the_way_of_its_image(policy, channels, tmp_path):
+    """What the model sees bright is what the mask marks, whatever is done about the size."""
+    size = (32, 16) if policy == "refuse" else (40, 16)
+    blocks = np.random.default_rng(0).random((size[0] // 4, size[1] // 4)) < 0.4
+    mask = blocks.repeat(4, axis=0).repeat(4, axis=1)
+    spec = ImageSpec(8, 4, channels, on_mismatch=policy)
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    seen = to_pixels(np.where(mask, np.uint8(255), np.uint8(0)), spec)[..., 0]
+    found = to_mask(tmp_path / "mask.png", spec, (8, 4))
+    certain = (seen < 64) | (seen > 192)  # 40 pixels on 8 leave no whole blocks
+    np.testing.assert_array_equal(found[certain], seen[certain] > 127)
+    assert certain.mean() >= (1.0 if policy != "resize" else 0.5)
+
+
+def test_a_mask_of_its_maps_size_is_taken_as_it_is(tmp_path):
+    """Any value but black marks: 0 and 1, 0 and 255, and what lies between."""
+    marks = np.array([[0, 1, 255], [0, 0, 7]], np.uint8)
+    Image.fromarray(marks).save(tmp_path / "mask.png")
+    found = to_mask(tmp_path / "mask.png", GREY, (2, 3))
+    assert found.tolist() == [[False, True, True], [False, False, True]]
+    Image.fromarray(marks.repeat(5, axis=0)).save(tmp_path / "mask.png")
+    with pytest.raises(WrongSize):
+        to_mask(tmp_path / "mask.png", GREY, (28, 28))
 
 
 # --- bad images -------------------------------------------------------------------------------

@@ -85,6 +85,10 @@ def test_import_has_no_side_effects(wheel):
         (("train", "{data}", "--model", "vae", "--out", "x"), "anomalyd[train]"),
         (("export", "{bundle}"), "anomalyd[train]"),
         (("score", "{bundle}", "{data}", "--output", "{out}"), "anomalyd[evaluate]"),
+        (
+            ("evaluate", "{bundle}", "--normal", "{data}", "--report", "{page}"),
+            "anomalyd[evaluate]",
+        ),
     ],
 )
 def test_missing_extra_is_named(wheel, fixture_data, tmp_path, arguments, extra):
@@ -93,6 +97,7 @@ def test_missing_extra_is_named(wheel, fixture_data, tmp_path, arguments, extra)
         "data": fixture_data / "mnist" / "t10k-images-idx3-ubyte.gz",
         "bundle": ROOT / "tests" / "data" / "format-1" / "tiny",
         "out": tmp_path / "scores.parquet",
+        "page": tmp_path / "report.html",
     }
     done = bare(wheel, RUN, *(argument.format(**places) for argument in arguments))
 

@@ -37,6 +37,7 @@ __all__ = [
     "clopper_pearson",
     "default_alpha",
     "false_alarm_band",
+    "fewest_flags",
     "images_needed",
     "p_table",
     "p_values",
@@ -115,18 +116,30 @@ def default_alpha(n: int, confidence: float | None = None) -> float:
     return max(DEFAULT_ALPHA, smallest_alpha(n, confidence))
 
 
-def check_alpha(alpha: float, n: int, confidence: float | None = None) -> float:
+def check_alpha(
+    alpha: float, n: int, confidence: float | None = None, *, what: str = "alpha"
+) -> float:
     """Return an alpha that was asked for, or say how many images are missing for it.
+
+    A false discovery rate is held against the same rule: all m images of a batch at the smallest
+    p-value are flagged only if that is at most Q.
+
+    Args:
+        alpha: the rate.
+        n: calibration images.
+        confidence: of the bundle's guarantee; None for the marginal one.
+        what: what the rate is called in a message.
 
     Raises:
         UsageError: alpha outside (0, 1).
         AlphaUnreachable: alpha below `smallest_alpha(n, confidence)`.
     """
+    _check_alpha_range(alpha, what)
     needed = images_needed(alpha, confidence)
     if n < needed:
         at = "" if confidence is None else f" at confidence {confidence:g}"
         raise AlphaUnreachable(
-            f"alpha {alpha:g} needs {needed} calibration images{at} and the bundle has {n}: "
+            f"{what} {alpha:g} needs {needed} calibration images{at} and the bundle has {n}: "
             f"calibrate with {needed - n} more, or ask for "
             f"{_round_up(smallest_alpha(n, confidence)):g} or above"
         )
@@ -206,6 +219,19 @@ def benjamini_hochberg(p: ArrayLike) -> Floats:
     return q
 
 
+def fewest_flags(q: float, n: int, m: int, confidence: float | None = None) -> int:
+    """The fewest of m images that Benjamini-Hochberg at q can flag, if any: ceil(m / (q (n + 1))).
+
+    k flags take k p-values of at most q k / m, and none is below `smallest_alpha(n, confidence)`.
+    More than m says that q is out of reach for n calibration images.
+    """
+    smallest = smallest_alpha(n, confidence)
+    flags = max(1, math.ceil(smallest * m / q) - 1)
+    while smallest * m / flags > q:  # settles the last unit, which rounding may hide
+        flags += 1
+    return flags
+
+
 def _check_n(n: int) -> None:
     if n < 1:
         raise UsageError(f"a conformal table needs at least 1 calibration image, not {n}")
@@ -216,9 +242,9 @@ def _check_confidence(confidence: float) -> None:
         raise UsageError(f"confidence must lie between 0 and 1, not {confidence:g}; try 0.95")
 
 
-def _check_alpha_range(alpha: float) -> None:
+def _check_alpha_range(alpha: float, what: str = "alpha") -> None:
     if not 0 < alpha < 1:
-        raise UsageError(f"alpha must lie between 0 and 1, not {alpha:g}; try 0.01")
+        raise UsageError(f"{what} must lie between 0 and 1, not {alpha:g}; try 0.01")
 
 
 def _round_up(alpha: float, digits: int = 3) -> float:

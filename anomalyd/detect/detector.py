@@ -246,6 +246,16 @@ class Detector:
             return 0
         return int(((raw.tiles < known[0]) | (raw.tiles > known[-1])).sum())
 
+    def size_warning(self, count: int) -> str | None:
+        """What to say of so many `unfamiliar` images; None of none."""
+        known = self.calibration.tiles
+        if not count or known is None:
+            return None
+        return (
+            f"{count} images are smaller or larger than any that the bundle is calibrated on "
+            f"({known[0]} to {known[-1]} tiles): their p-values promise nothing"
+        )
+
     def scores(self, raw: Raw) -> NDArray[np.float64]:
         """What verdicts rest on: float64 (N,), finite, higher is stranger."""
         if raw.texture is not None:

@@ -1,75 +1,145 @@
 """How well a bundle tells outliers from normal images, with what chance alone would do beside it.
 
-Outliers are the positive class everywhere, and higher scores are stranger.
+Outliers are the positive class everywhere, and higher scores are stranger. Images are streamed:
+of each one the scores are kept, its header and its name, and of a few their items, to look at.
 """
 
 from __future__ import annotations
 
-import math
+import heapq
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from anomalyd.detect import conformal
-from anomalyd.detect.pipeline import Collected, collect
+from anomalyd.detect.discoveries import SHARE, SPLITS, Discoveries, discoveries
+from anomalyd.detect.localisation import FALSE_POSITIVES, Localisation, PixelCounts
+from anomalyd.detect.measures import Separation, separation
+from anomalyd.detect.metadata import Telltale, telltale
+from anomalyd.detect.pipeline import Slab, item_name, maps_of, scored
 from anomalyd.detect.statistics import finite
-from anomalyd.errors import SourceError, UsageError
+from anomalyd.errors import ImageError, SourceError, UsageError
+from anomalyd.images import read_header, to_mask
 
 if TYPE_CHECKING:
-    from numpy.typing import ArrayLike, NDArray
+    from numpy.typing import NDArray
 
-    from anomalyd.detect.detector import Detector
+    from anomalyd.detect.detector import Detector, Judged
+    from anomalyd.detect.runtime import Raw
+    from anomalyd.images import Header
     from anomalyd.sources import Item, Source
 
     Floats = NDArray[np.float64]
 
-__all__ = ["Evaluated", "FalseAlarms", "OutlierSet", "auroc", "evaluate", "fpr95", "sample"]
+__all__ = [
+    "ALPHAS",
+    "Evaluated",
+    "Level",
+    "OutlierSet",
+    "Proportion",
+    "Sample",
+    "evaluate",
+    "sample",
+]
 
+ALPHAS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1)
+FDR = 0.1
+NORMAL = "normal"
 SEEN_LIMIT = 0.01  # share of images that training or calibration may have seen
+SHOWN = 8  # images of a set that are worth a look
 DIGITS = 6
 
 
 @dataclass(frozen=True)
-class FalseAlarms:
-    """Normal images that were flagged.
+class Proportion:
+    """A share of images.
 
     Attributes:
-        alpha: the rate asked for.
-        observed: the rate seen, in [0, 1].
-        n: normal images.
+        value: in [0, 1].
+        ci95: its exact 95 % confidence interval (Clopper, Pearson, 1934).
+    """
+
+    value: float
+    ci95: tuple[float, float]
+
+    @classmethod
+    def of(cls, flags: NDArray[np.bool_]) -> Proportion:
+        """The share of True among N >= 1."""
+        count = int(flags.sum())
+        return cls(count / flags.size, conformal.clopper_pearson(count, flags.size))
+
+
+@dataclass(frozen=True)
+class Level:
+    """What an alpha costs and what it catches.
+
+    Attributes:
+        alpha: the rate of false alarms that is promised, in (0, 1).
+        observed: the rate seen on the normal images, in [0, 1].
         band: where 99.9 % of such rates fall if the promise holds.
+        recall: name of set -> share of its outliers flagged.
     """
 
     alpha: float
     observed: float
-    n: int
     band: tuple[float, float]
+    recall: dict[str, Proportion]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """One set of images, scored.
+
+    Attributes:
+        scores: name of score -> float64 (N,), the verdict's first.
+        p_values: float64 (N,), in (0, 1].
+        extremes: the strangest of normal images, the most normal of outliers, those first that
+            are most so.
+    """
+
+    scores: dict[str, Floats]
+    p_values: Floats
+    extremes: list[Item]
+
+    def __len__(self) -> int:
+        return len(self.p_values)
+
+
+@dataclass(frozen=True, eq=False)
 class OutlierSet:
     """One set of outliers against the normal images.
 
     Attributes:
-        n: outliers.
-        auroc: probability that an outlier scores above a normal image, ties half.
-        fpr95: rate of false alarms where 95 % of the outliers are caught.
-        recall: share flagged at alpha.
-        recall_ci95: its exact 95 % confidence interval.
-        scores: AUROC by every score of the bundle.
+        sample: its images, scored.
+        base_rate: the share of outliers that AUPR is stated for.
+        scores: name of score -> how well it separates, the verdict's first.
+        discoveries: what flags at a false discovery rate would be.
+        telltale: the part of the headers that tells these outliers best.
+        localisation: how well maps point at its masks; None without masks or maps.
     """
 
-    n: int
-    auroc: float
-    fpr95: float
-    recall: float
-    recall_ci95: tuple[float, float]
-    scores: dict[str, float]
+    sample: Sample
+    base_rate: float
+    scores: dict[str, Separation]
+    discoveries: Discoveries
+    telltale: Telltale
+    localisation: Localisation | None
+
+    @property
+    def n(self) -> int:
+        """Outliers."""
+        return len(self.sample)
+
+    @property
+    def verdict(self) -> Separation:
+        """How well the score separates that verdicts rest on."""
+        return next(iter(self.scores.values()))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Evaluated:
     """What `evaluate` found.
 
@@ -77,55 +147,107 @@ class Evaluated:
         bundle: name of the bundle.
         score: name of the score that verdicts rest on.
         likelihood: "exact", or the bound that `bits_per_dim` rests on.
-        n: normal images.
         bits_per_dim: mean over the normal images.
-        false_alarms: among the normal images.
+        alpha: the one asked for.
+        fdr: the false discovery rate of the simulated batches.
+        levels: that alpha and the usual ones that can be reached, ascending.
+        normal: the normal images, scored.
         outliers: name of set -> result.
+        localisation: over all sets that have masks; None where none has.
         seen: name of set -> images dropped because training or calibration has seen them.
         unreadable: (name, reason) of what could not be read.
+        warnings: what makes the numbers doubtful, one sentence each.
     """
 
     bundle: str
     score: str
     likelihood: str
-    n: int
     bits_per_dim: float
-    false_alarms: FalseAlarms
+    alpha: float
+    fdr: float
+    levels: list[Level]
+    normal: Sample
     outliers: dict[str, OutlierSet]
+    localisation: Localisation | None
     seen: dict[str, list[str]]
     unreadable: list[tuple[str, str]]
+    warnings: list[str]
+
+    @property
+    def level(self) -> Level:
+        """The one of the alpha asked for."""
+        return next(level for level in self.levels if level.alpha == self.alpha)
 
     def to_dict(self) -> dict[str, Any]:
         """The object that `evaluate --format json` prints."""
-        alarms = self.false_alarms
-        sets = self.outliers.items()
-        scores = next((list(result.scores) for result in self.outliers.values()), [self.score])
-        return {
+        level, sets = self.level, self.outliers
+        batches = {name: found.discoveries for name, found in sets.items()}
+        located = {name: found.localisation for name, found in sets.items() if found.localisation}
+        printed = {
             "bundle": self.bundle,
             "score": self.score,
             "likelihood": self.likelihood,
-            "n": self.n,
-            "bits_per_dim": _round(self.bits_per_dim),
+            "n": len(self.normal),
+            "bits_per_dim": self.bits_per_dim,
             "false_alarm_rate": {
-                "alpha": alarms.alpha,
-                "observed": _round(alarms.observed),
-                "n": alarms.n,
-                "band": [_round(end) for end in alarms.band],
+                "alpha": level.alpha,
+                "observed": level.observed,
+                "n": len(self.normal),
+                "band": level.band,
             },
-            "auroc": {name: _round(result.auroc) for name, result in sets},
-            "fpr95": {name: _round(result.fpr95) for name, result in sets},
+            **self._measures(self.score),
             "recall": {
-                name: {
-                    "alpha": alarms.alpha,
-                    "value": _round(result.recall),
-                    "ci95": [_round(end) for end in result.recall_ci95],
+                name: {"alpha": level.alpha, "value": found.value, "ci95": found.ci95}
+                for name, found in level.recall.items()
+            },
+            "scores": {score: self._measures(score) for score in self.normal.scores},
+            "alphas": [
+                {
+                    "alpha": each.alpha,
+                    "observed": each.observed,
+                    "band": each.band,
+                    "recall": {name: found.value for name, found in each.recall.items()},
                 }
-                for name, result in sets
+                for each in self.levels
+            ],
+            "fdr": {
+                "q": self.fdr,
+                "splits": SPLITS,
+                "outliers": SHARE,
+                "mean_fdp": {name: found.mean_fdp for name, found in batches.items()},
+                "standard_error": {name: found.standard_error for name, found in batches.items()},
+                "power": {name: found.power for name, found in batches.items()},
             },
-            "scores": {
-                score: {"auroc": {name: _round(result.scores[score]) for name, result in sets}}
-                for score in scores
+            "metadata_auroc": {
+                name: {"feature": found.telltale.feature, "value": found.telltale.auroc}
+                for name, found in sets.items()
             },
+            "seen": {name: len(names) for name, names in self.seen.items()},
+            "warnings": self.warnings,
+        }
+        if self.localisation is not None:
+            printed["pixel_auroc"] = {name: found.pixel_auroc for name, found in located.items()}
+            printed["aupro"] = {name: found.aupro for name, found in located.items()}
+            printed["localisation"] = {
+                "sets": list(located),
+                "limit": FALSE_POSITIVES,
+                "pixel_auroc": self.localisation.pixel_auroc,
+                "aupro": self.localisation.aupro,
+            }
+        rounded: dict[str, Any] = _rounded(printed)
+        return rounded
+
+    def _measures(self, score: str) -> dict[str, Any]:
+        """How well one score separates each set."""
+        sets = {name: found.scores[score] for name, found in self.outliers.items()}
+        return {
+            "auroc": {name: found.auroc for name, found in sets.items()},
+            "auroc_ci95": {name: found.auroc_ci95 for name, found in sets.items()},
+            "aupr": {
+                name: {"value": found.aupr, "base_rate": self.outliers[name].base_rate}
+                for name, found in sets.items()
+            },
+            "fpr95": {name: found.fpr95 for name, found in sets.items()},
         }
 
 
@@ -134,10 +256,13 @@ def evaluate(
     normal: Source,
     outliers: Mapping[str, Source],
     *,
+    masks: Mapping[str, Path] | None = None,
     alpha: float | None = None,
+    fdr: float | None = None,
+    base_rate: float | None = None,
     limit: int | None = None,
     seed: int = 0,
-    progress: Callable[[int], object] | None = None,
+    progress: Callable[[int], object] = lambda _: None,
 ) -> Evaluated:
     """Score normal images and sets of outliers, and compare.
 
@@ -145,92 +270,93 @@ def evaluate(
         detector: the bundle.
         normal: images that should not be flagged.
         outliers: name of set -> images that should be.
+        masks: `Item.source` of an outlier -> the image that marks its unusual pixels.
         alpha: rate of false alarms; None takes the bundle's default.
+        fdr: false discovery rate of the simulated batches; None takes 0.1, or the smallest that
+            the calibration set allows.
+        base_rate: the share of outliers that AUPR is stated for; None takes each set's own.
         limit: take a random sample of this many images of each set.
-        seed: of those samples.
+        seed: of those samples, and of the batches.
         progress: called with the number of images done.
 
     Raises:
         SourceError: a set with nothing readable in it, or more than 1 % of it seen before.
-        AlphaUnreachable: an alpha that the calibration set is too small for.
+        AlphaUnreachable: an alpha, or an fdr, that the calibration set is too small for.
+        UsageError: an alpha, fdr or base rate outside (0, 1), a limit below 1.
     """
     level = detector.alpha(alpha)
-    seen: dict[str, list[str]] = {}
-    unreadable: list[tuple[str, str]] = []
+    q = _false_discovery_rate(detector, fdr)
+    if base_rate is not None and not 0 < base_rate < 1:
+        raise UsageError(f"--base-rate must lie between 0 and 1, not {base_rate:g}; try 0.01")
+    has_maps = "nll_map" in detector.session.outputs
+    marks = masks if masks and has_maps else None
 
-    def scores_of(name: str, source: Source) -> Collected:
+    def read(reading: _Reading, name: str, source: Source) -> _Reading:
         items = sample(source, limit, seed)
-        collected = collect(
-            detector.session, detector.spec, items, texture=detector.texture, progress=progress
-        )
-        if collected is None:
-            raise SourceError(f"{name} {source.name}: none of its images can be read")
-        unreadable.extend((at, str(error)) for at, error in collected.errors)
-        kept, seen[name] = _drop_seen(detector, collected, f"{name} {source.name}")
-        return kept
+        for slab in scored(
+            detector.session,
+            detector.spec,
+            items,
+            texture=detector.texture,
+            hashes=True,
+            nll_map=marks is not None,
+        ):
+            reading.add(slab)
+            progress(len(slab.items))
+        reading.check(f"{name} {source.name}")
+        return reading
 
-    normals = scores_of("normal", normal)
-    judged = detector.columns(normals.raw, level)
-    normal_scores = _all_scores(detector, normals)
-    results = {}
-    for name, source in outliers.items():
-        strange = scores_of(name, source)
-        flagged = detector.columns(strange.raw, level).outlier
-        by_score = _all_scores(detector, strange)
-        verdict = detector.manifest.score_name
-        results[name] = OutlierSet(
-            n=len(strange),
-            auroc=auroc(normal_scores[verdict], by_score[verdict]),
-            fpr95=fpr95(normal_scores[verdict], by_score[verdict]),
-            recall=float(flagged.mean()),
-            recall_ci95=conformal.clopper_pearson(int(flagged.sum()), len(strange)),
-            scores={score: auroc(normal_scores[score], by_score[score]) for score in by_score},
-        )
-    return Evaluated(
-        bundle=detector.manifest.name,
-        score=detector.manifest.score_name,
-        likelihood=detector.manifest.likelihood,
-        n=len(normals),
-        bits_per_dim=float(np.mean(judged.bits_per_dim)),
-        false_alarms=FalseAlarms(
-            alpha=level,
-            observed=float(judged.outlier.mean()),
-            n=len(normals),
-            band=conformal.false_alarm_band(
-                level,
-                detector.manifest.calibration_n,
-                len(normals),
-                confidence=detector.confidence,
-            ),
-        ),
-        outliers=results,
-        seen=seen,
-        unreadable=unreadable,
+    usual = read(_Reading(detector, strange=False, masks=marks), NORMAL, normal)
+    found = {
+        name: read(_Reading(detector, strange=True, masks=marks), name, source)
+        for name, source in outliers.items()
+    }
+    normals, samples = usual.sample(), {name: each.sample() for name, each in found.items()}
+    verdict = detector.manifest.score_name
+    batches = discoveries(
+        detector.calibration.scores,
+        normals.scores[verdict],
+        {name: each.scores[verdict] for name, each in samples.items()},
+        detector.calibration.p_table,
+        q,
+        seed=seed,
     )
 
+    def compared(name: str) -> OutlierSet:
+        strange = samples[name]
+        rate = base_rate or len(strange) / (len(normals) + len(strange))
+        scores = {
+            score: separation(normals.scores[score], values, rate)
+            for score, values in strange.scores.items()
+        }
+        told = telltale(usual.headers, found[name].headers)
+        pixels = (found[name].pixels + usual.pixels).localisation()
+        return OutlierSet(strange, rate, scores, batches[name], told, pixels)
 
-def auroc(normal: ArrayLike, outliers: ArrayLike) -> float:
-    """P(outlier > normal) + P(outlier = normal) / 2 over all pairs.
-
-    Args:
-        normal: (N,) scores, N >= 1.
-        outliers: (M,) scores, M >= 1.
-    """
-    ordered = np.sort(np.asarray(normal, np.float64))
-    outliers = np.asarray(outliers, np.float64)
-    below = np.searchsorted(ordered, outliers, side="left")
-    upto = np.searchsorted(ordered, outliers, side="right")
-    return float((below.sum() + upto.sum()) / (2 * ordered.size * outliers.size))
-
-
-def fpr95(normal: ArrayLike, outliers: ArrayLike) -> float:
-    """The share of normal images flagged by the highest threshold that flags 95 % of outliers.
-
-    "Flagged" is score >= threshold; arguments as for `auroc`.
-    """
-    descending = np.sort(np.asarray(outliers, np.float64))[::-1]
-    threshold = descending[math.ceil(0.95 * descending.size) - 1]
-    return float(np.mean(np.asarray(normal, np.float64) >= threshold))
+    sets = {name: compared(name) for name in samples}
+    smallest = detector.calibration.p_table[0]
+    alphas = sorted({level, *(each for each in ALPHAS if each >= smallest)})
+    unfamiliar = sum(each.unfamiliar for each in (usual, *found.values()))
+    levels = [_level(detector, each, normals, samples) for each in alphas]
+    return Evaluated(
+        bundle=detector.manifest.name,
+        score=verdict,
+        likelihood=detector.manifest.likelihood,
+        bits_per_dim=usual.bits_per_dim(),
+        alpha=level,
+        fdr=q,
+        levels=levels,
+        normal=normals,
+        outliers=sets,
+        localisation=sum((each.pixels for each in found.values()), usual.pixels).localisation(),
+        seen={NORMAL: usual.seen, **{name: each.seen for name, each in found.items()}},
+        unreadable=[error for each in (usual, *found.values()) for error in each.unreadable],
+        warnings=[
+            *_doubts(levels[alphas.index(level)], sets),
+            *_unlocalised(masks, found, has_maps=has_maps),
+            *filter(None, [detector.size_warning(unfamiliar)]),
+        ],
+    )
 
 
 def sample(source: Source, limit: int | None, seed: int) -> Iterator[Item]:
@@ -264,34 +390,181 @@ def _picked(source: Source, places: list[int]) -> Iterator[Item]:
                 return
 
 
-def _drop_seen(
-    detector: Detector, collected: Collected, subject: str
-) -> tuple[Collected, list[str]]:
-    """Without the images that training or calibration has seen, and the names of those."""
-    calibration = detector.calibration
-    known = np.concatenate([calibration.training_hashes, calibration.calibration_hashes])
-    seen = np.isin(collected.hashes, known)
-    names = [collected.names[i] for i in np.flatnonzero(seen)]
-    if len(names) > SEEN_LIMIT * len(collected):
-        raise SourceError(
-            f"{subject}: {len(names)} of {len(collected)} images were seen in training or "
-            f"calibration, such as {names[0]}, and at most 1 % may be; give images kept apart"
-        )
-    return collected[~seen], names
+class _Reading:
+    """One set while it is read; images that training or calibration has seen count nowhere.
+
+    Attributes:
+        seen: their names.
+        unreadable: (name, reason) of what could not be read.
+        headers: one an image.
+        pixels: those of normal images, or of the outliers that have a mask.
+        masked, maskless: outliers with a mask and without.
+    """
+
+    def __init__(
+        self, detector: Detector, *, strange: bool, masks: Mapping[str, Path] | None
+    ) -> None:
+        self._detector = detector
+        self._strange = strange
+        self._masks = masks
+        calibration = detector.calibration
+        self._known = np.concatenate([calibration.training_hashes, calibration.calibration_hashes])
+        self._judged: list[Judged] = []
+        self._scores: list[dict[str, Floats]] = []
+        self._extremes: list[tuple[float, Item]] = []
+        self.seen: list[str] = []
+        self.unreadable: list[tuple[str, str]] = []
+        self.headers: list[Header] = []
+        self.pixels = PixelCounts()
+        self.masked = self.maskless = self.unfamiliar = 0
+
+    def add(self, slab: Slab) -> None:
+        """Take what is needed of a slab."""
+        self.unreadable += [
+            (item_name(slab.items[place]), str(why)) for place, why in slab.errors.items()
+        ]
+        if slab.raw is None:
+            return
+        items = [slab.items[place] for place in slab.readable]
+        new = ~np.isin(slab.hashes, self._known)
+        self.seen += [item_name(items[i]) for i in np.flatnonzero(~new)]
+        rows = np.flatnonzero(new).tolist()
+        if not rows:
+            return
+        raw = slab.raw[new]
+        judged = self._detector.columns(raw, self._detector.manifest.default_alpha)
+        self._judged.append(judged)
+        self.unfamiliar += self._detector.unfamiliar(raw)
+        self._scores.append(_all_scores(self._detector, raw, judged))
+        self._keep_extremes(judged.score, [items[i] for i in rows])
+        self.headers += [read_header(items[i].payload) for i in rows]
+        if self._masks is not None:
+            maps = maps_of(slab)
+            for i in rows:
+                self._count_pixels(items[i], maps[i])
+
+    def check(self, subject: str) -> None:
+        """Refuse a set that is none, or not a test set.
+
+        Raises:
+            SourceError: nothing readable in it, or more than 1 % of it seen before.
+        """
+        count = len(self.headers) + len(self.seen)
+        if count == 0:
+            raise SourceError(f"{subject}: none of its images can be read")
+        if len(self.seen) > SEEN_LIMIT * count:
+            raise SourceError(
+                f"{subject}: {len(self.seen)} of {count} images were seen in training or "
+                f"calibration, such as {self.seen[0]}, and at most 1 % may be; give images kept "
+                "apart"
+            )
+
+    def sample(self) -> Sample:
+        """The numbers of every image and the items of a few."""
+        scores = {
+            name: np.concatenate([part[name] for part in self._scores]) for name in self._scores[0]
+        }
+        p_values = np.concatenate([part.p_value for part in self._judged])
+        return Sample(scores, p_values, [item for _, item in self._extremes])
+
+    def bits_per_dim(self) -> float:
+        """Their mean."""
+        return float(np.mean(np.concatenate([part.bits_per_dim for part in self._judged])))
+
+    def _keep_extremes(self, score: Floats, items: list[Item]) -> None:
+        rank = score if self._strange else -score
+        new = zip(rank.tolist(), items, strict=True)
+        self._extremes = heapq.nsmallest(SHOWN, [*self._extremes, *new], key=lambda pair: pair[0])
+
+    def _count_pixels(self, item: Item, values: NDArray[np.float32]) -> None:
+        if not self._strange:
+            self.pixels.add(values)
+            return
+        path = (self._masks or {}).get(item.source)
+        if path is None:
+            self.maskless += 1
+            return
+        try:
+            height, width = values.shape
+            self.pixels.add(values, to_mask(path, self._detector.spec, (height, width)))
+        except ImageError as error:
+            self.unreadable.append((str(path), str(error)))
+            self.maskless += 1
+        else:
+            self.masked += 1
 
 
-def _all_scores(detector: Detector, collected: Collected) -> dict[str, Floats]:
+def _all_scores(detector: Detector, raw: Raw, judged: Judged) -> dict[str, Floats]:
     """The verdict's score, the plain likelihood and every statistic, by name."""
-    raw = collected.raw
     statistics = {
         name: finite(raw.statistics[:, column].astype(np.float64))
         for column, name in enumerate(detector.manifest.statistics)
     }
-    verdict = detector.columns(raw, detector.manifest.default_alpha).score
-    return {detector.manifest.score_name: verdict, "nll": detector.nll(raw)} | {
-        name: values for name, values in statistics.items() if name != detector.manifest.score_name
+    verdict = detector.manifest.score_name
+    return {verdict: judged.score} | {
+        name: values
+        for name, values in {"nll": detector.nll(raw), **statistics}.items()
+        if name != verdict
     }
 
 
-def _round(value: float) -> float:
-    return round(value, DIGITS)
+def _level(
+    detector: Detector, alpha: float, normal: Sample, outliers: Mapping[str, Sample]
+) -> Level:
+    return Level(
+        alpha,
+        float(np.mean(normal.p_values <= alpha)),
+        conformal.false_alarm_band(
+            alpha, detector.manifest.calibration_n, len(normal), confidence=detector.confidence
+        ),
+        {name: Proportion.of(each.p_values <= alpha) for name, each in outliers.items()},
+    )
+
+
+def _false_discovery_rate(detector: Detector, asked: float | None) -> float:
+    n, confidence = detector.manifest.calibration_n, detector.confidence
+    if asked is None:
+        return max(FDR, conformal.smallest_alpha(n, confidence))
+    return conformal.check_alpha(asked, n, confidence, what="--fdr")
+
+
+def _doubts(level: Level, sets: Mapping[str, OutlierSet]) -> Iterator[str]:
+    """What makes the numbers say less than they seem to."""
+    if level.observed > level.band[1]:
+        yield (
+            f"false alarms at {level.alpha:g} are {level.observed:.4f}, where a promise that "
+            f"holds gives at most {level.band[1]:.4f}: these normal images are not like the "
+            "calibration images; calibrate on such images"
+        )
+    for name, found in sets.items():
+        if found.telltale.suspicious:
+            yield (
+                f"{name}: {found.telltale.feature} alone tells these outliers with AUROC "
+                f"{found.telltale.auroc:.3f}, without a look at the pixels; a score may do well "
+                "by traces of that"
+            )
+
+
+def _unlocalised(
+    masks: Mapping[str, Path] | None, found: Mapping[str, _Reading], *, has_maps: bool
+) -> Iterator[str]:
+    """Why masks are not used."""
+    if masks and not has_maps:
+        yield "the bundle has no per-pixel map (nll_map), so the masks are not used"
+    for name, reading in found.items():
+        if reading.masked and reading.maskless:
+            yield (
+                f"{name}: {reading.maskless} of {len(reading.headers)} images have no mask and "
+                "count in no pixel measure"
+            )
+
+
+def _rounded(value: Any) -> Any:
+    """The same structure with floats that people can read."""
+    if isinstance(value, float):
+        return round(value, DIGITS)
+    if isinstance(value, dict):
+        return {key: _rounded(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(each) for each in value]
+    return value

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from anomalyd.detect.texture import Texture
     from anomalyd.sources import Item
 
-__all__ = ["Collected", "Slab", "collect", "item_name", "scored"]
+__all__ = ["Collected", "Slab", "collect", "item_name", "maps_of", "scored"]
 
 AHEAD = 4
 LARGEST_SLAB = 8  # times the session's batch: hand-overs between threads cost little then
@@ -98,6 +98,14 @@ class Collected:
 def item_name(item: Item) -> str:
     """`path`, or `path#index` in a file of many images."""
     return item.source if item.index is None else f"{item.source}#{item.index}"
+
+
+def maps_of(slab: Slab) -> list[NDArray[np.float32]]:
+    """The per-pixel maps of a slab's readable images: float32 (H, W) each, nats.
+
+    Empty where no map was asked for.
+    """
+    return [] if slab.raw is None or slab.raw.nll_map is None else list(slab.raw.nll_map)
 
 
 def scored(

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from anomalyd.detect.detector import Detector
     from anomalyd.sources import Item, Source
 
-__all__ = ["Scoring", "Summary", "score_to_file", "score_to_stream"]
+__all__ = ["Scoring", "Summary", "check_fdr", "score_to_file", "score_to_stream"]
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,22 @@ class Summary:
                 self.unreadable += 1
             elif row["outlier"]:
                 self.outliers += 1
+
+
+def check_fdr(detector: Detector, fdr: float, images: int) -> int:
+    """The fewest flags that a batch can have, if any, at a false discovery rate.
+
+    Args:
+        detector: the bundle.
+        fdr: in (0, 1).
+        images: of the batch.
+
+    Raises:
+        AlphaUnreachable: not even if all of them were flagged: the calibration set is too small.
+    """
+    n, confidence = detector.manifest.calibration_n, detector.confidence
+    conformal.check_alpha(fdr, n, confidence, what="--fdr")
+    return conformal.fewest_flags(fdr, n, images, confidence)
 
 
 def score_to_stream(

@@ -125,7 +125,14 @@ def samples(manifest: bundles.Manifest, files: Mapping[str, bytes]) -> bytes:
 
 
 def write(
-    trained: Trained, *, data: str, group: str | None, licence: str | None, out: Path, folder: Path
+    trained: Trained,
+    *,
+    data: str,
+    group: str | None,
+    licence: str | None,
+    out: Path,
+    folder: Path,
+    init: str | None = None,
 ) -> None:
     """Write the bundle `out`, and the report on its strangest images into `folder`.
 
@@ -136,6 +143,7 @@ def write(
         licence: of the weights.
         out: the bundle's folder.
         folder: the run's folder.
+        init: the bundle that the weights started from.
 
     Raises:
         ExportError: onnxruntime does not give torch's numbers.
@@ -162,6 +170,8 @@ def write(
         parity=parity,
         test=test.images,
         accuracy=test.accuracy,
+        init=init,
+        minutes_before=_minutes(init) if init else 0.0,
     )
     manifest = _manifest(trained, out.name, session, test, licence)
     if model.kind == "density":
@@ -195,6 +205,10 @@ def write(
         say(f"{out}: accuracy {test.accuracy:.4f} on the test split")
     else:
         say(f"{out}: {trained.outcome.validation:.4f} {model.unit} on the validation split")
+
+
+def _minutes(bundle: str) -> float:
+    return card.minutes_of(bundles.read_bundle(bundle).read("CARD.md").decode())
 
 
 def _calibrated(

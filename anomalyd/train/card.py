@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from anomalyd.detect.bundle import Manifest
     from anomalyd.train.report import Strange
 
-__all__ = ["Training", "write_card", "write_plain_card"]
+__all__ = ["Training", "minutes_of", "write_card", "write_plain_card"]
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,8 @@ class Training:
         out: the bundle's folder, as it was named.
         counts: images by split.
         minutes: time spent in the loop.
+        init: the bundle whose weights it started from, and
+        minutes_before: the time spent on those.
         machine: what it ran on.
         images_per_second: training speed, on average.
         validation: best validation loss.
@@ -52,6 +55,16 @@ class Training:
     parity: float
     test: int
     accuracy: float | None = None
+    init: str | None = None
+    minutes_before: float = 0.0
+
+
+def minutes_of(card: str) -> float:
+    """Return the minutes of training that a card states, those before its start included."""
+    found = re.search(
+        r"^\| training \| ([0-9.]+) minutes(?: after ([0-9.]+))?", card, re.MULTILINE
+    )
+    return sum(map(float, filter(None, found.groups()))) if found else 0.0
 
 
 def write_card(
@@ -175,22 +188,28 @@ starts another model from them.
 
 def _history(manifest: Manifest, training: Training) -> str:
     counts = ", ".join(f"{name} {count:,}" for name, count in training.counts.items())
-    labels = " --labels" if training.labels else ""
-    group = f" --group {shlex.quote(training.group)}" if training.group else ""
+    options = " --labels" if training.labels else ""
+    if training.group:
+        options += f" --group {shlex.quote(training.group)}"
+    before, again = "", "One command trains it again"
+    if training.init:
+        options += f" --init {training.init}"
+        before = f" after {training.minutes_before:.1f} of the weights it started from"
+        again = "One command repeats the last part; from nothing, leave out `--init` and `frozen`"
     return f"""## How it was made
 
 | | |
 |---|---|
 | data | `{training.data}`; {counts} (digest `{manifest.data_digest[:16]}`) |
 | licence | {manifest.licence} |
-| training | {training.minutes:.1f} minutes, {training.images_per_second:,.0f} images/s, \
+| training | {training.minutes:.1f} minutes{before}, {training.images_per_second:,.0f} images/s, \
 {training.machine} |
 | validation | {training.validation:.4f} {training.unit} |
 | torch against onnxruntime | {training.parity:.1e} {training.unit} at most |
 
-`recipe.toml` holds every setting. One command trains it again:
+`recipe.toml` holds every setting. {again}:
 
-    anomalyd train {training.data}{labels}{group} --recipe {training.out}/recipe.toml --out again
+    anomalyd train {training.data}{options} --recipe {training.out}/recipe.toml --out again
 """
 
 

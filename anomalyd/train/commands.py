@@ -273,7 +273,15 @@ def _run(job: _Job, out: Path, folder: Path, *, device: str, resume: bool) -> in
     epochs = round(outcome.budget / outcome.steps_per_epoch, 3)
     recipe = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, epochs=epochs))
     trained = Trained(model, recipe, spec, images, splits, classes, labels, outcome)
-    write(trained, data=job.data, group=job.group, licence=job.licence, out=out, folder=folder)
+    write(
+        trained,
+        data=job.data,
+        group=job.group,
+        licence=job.licence,
+        out=out,
+        folder=folder,
+        init=job.init,
+    )
     for unreadable in images.unreadable:
         say(f"not used: {unreadable}")
     return 3 if images.unreadable else 0

@@ -118,6 +118,8 @@ def fit(
     else:
         run.budget = run.steps_for(minutes)
     try:
+        if not run.budget:  # no training: the weights it starts with, a bundle made anew
+            run.validate()
         while run.step < run.budget and not run.stopped:
             loss = run.train_step()
             if progress is not None:
@@ -211,7 +213,8 @@ class _Run:
     def steps_for(self, minutes: float | None) -> int:
         """Turn epochs, or minutes after timing a few steps, into a number of steps."""
         if minutes is None:
-            return max(1, round(self.settings.epochs * self.batches_per_epoch))
+            steps = round(self.settings.epochs * self.batches_per_epoch)
+            return max(1, steps) if self.settings.epochs else 0
         # Timed on copies of weights and moments: the run itself starts from its seed.
         state = {name: value.clone() for name, value in self.model.state_dict().items()}
         random = torch.get_rng_state()

@@ -16,7 +16,7 @@ class TrainSettings:
     frozen: tuple[str, ...] = setting(
         (), help="parts that keep the weights they start with, such as main"
     )
-    epochs: float = setting(10.0, help="passes over the training split", low=0.0)
+    epochs: float = setting(10.0, help="passes over the training split; 0 trains nothing", low=0.0)
     batch_size: int = setting(16, help="images a step", low=1)
     optimizer: str = setting(
         "muon", help="rule for the convolution kernels", choices=("muon", "adamw")

@@ -38,7 +38,7 @@ from outlier_sets import (
 
 from anomalyd.detect.conformal import clopper_pearson
 from anomalyd.detect.detector import Detector
-from anomalyd.detect.evaluate import auroc, fpr95
+from anomalyd.detect.measures import auroc, fpr95
 from anomalyd.errors import AnomalydError
 from anomalyd.images import content_hash
 from anomalyd.sources import open_source

@@ -19,6 +19,7 @@ import numpy as np
 
 from anomalyd.detect.bundle import Bundle, find_bundles, read_bundle
 from anomalyd.detect.golden import open_session
+from anomalyd.train.card import minutes_of
 from anomalyd.train.recipe import parse_recipe
 
 TRAINED = Path(__file__).parents[2] / "trained"
@@ -35,7 +36,6 @@ def measured(bundle: Bundle) -> dict[str, Any]:
     """One row: what the bundle says of itself, and its speed."""
     manifest, card = bundle.manifest, bundle.read("CARD.md").decode()
     recipe = parse_recipe(bundle.read("recipe.toml").decode(), str(bundle.path))
-    minutes = re.search(r"^\| training \| ([0-9.]+) minutes", card, re.MULTILINE)
     command = re.search(r"^    (anomalyd train .*)$", card, re.MULTILINE)
     accuracy = re.search(r"accuracy ([0-9.]+) on", card)
     return {
@@ -47,7 +47,7 @@ def measured(bundle: Bundle) -> dict[str, Any]:
         "parameters": manifest.parameters,
         "bits_per_dim": manifest.bits_per_dim["test"],
         "accuracy": float(accuracy[1]) if accuracy else None,
-        "minutes": float(minutes[1]) if minutes else None,
+        "minutes": minutes_of(card) or None,
         "images_per_second": images_per_second(bundle),
         "command": command[1] if command else "",
     }

@@ -224,6 +224,37 @@ def test_benjamini_hochberg_matches_scipy(p):
     np.testing.assert_allclose(conformal.benjamini_hochberg(p), expected, rtol=1e-12)
 
 
+@given(
+    st.integers(1, 400),
+    st.integers(1, 300),
+    st.sampled_from([0.01, 0.05, 0.1, 0.3]),
+    st.sampled_from([None, 0.95]),
+)
+def test_fewest_flags_is_what_benjamini_hochberg_can_do(m, n, q, confidence):
+    """That many smallest p-values are flagged, one fewer are not; more than m: none ever."""
+    fewest = conformal.fewest_flags(q, n, m, confidence)
+
+    def flagged(k):
+        p = np.ones(m)
+        p[:k] = conformal.smallest_alpha(n, confidence)
+        return int((conformal.benjamini_hochberg(p) <= q).sum())
+
+    if fewest > m:
+        assert flagged(m) == 0
+        with pytest.raises(AlphaUnreachable, match=r"^--fdr"):
+            conformal.check_alpha(q, n, confidence, what="--fdr")
+    else:
+        assert flagged(fewest) == fewest
+        assert flagged(fewest - 1) == 0
+        assert conformal.check_alpha(q, n, confidence, what="--fdr") == q
+
+
+def test_fewest_flags_is_the_published_formula():
+    """ceil(m / (q (n + 1))), rounding included."""
+    for n, m, q, flags in ((99, 1000, 0.1, 100), (5999, 10_000, 0.1, 17), (199, 21, 0.1, 2)):
+        assert conformal.fewest_flags(q, n, m) == flags
+
+
 def test_nan_is_the_strangest_score():
     """A score that is not a number is never taken for a normal one."""
     assert p_values([math.nan], [1.0, 2.0, 3.0]) == pytest.approx(0.25)

@@ -139,6 +139,44 @@ def test_init_starts_from_the_weights_of_a_bundle(bundle, fixture_data, tmp_path
     assert new < old + 0.2
 
 
+def test_companions_join_a_density_that_stays_as_it_was(bundle, fixture_data, tmp_path):
+    """With main frozen only the companion learns; log p(x) stays."""
+    beside = RECIPE.format(model="vae", density=SMALL["vae"])
+    beside = beside.replace(
+        "[train]", '[local]\nfeatures = 4\nblocks = 0\n[train]\nfrozen = ["main"]'
+    )
+    (tmp_path / "recipe.toml").write_text(beside)
+    code = train(
+        data=str(fixture_data / "fashion-mnist"),
+        model=None,
+        out=tmp_path / "joined",
+        recipe=tmp_path / "recipe.toml",
+        init=bundle,
+        epochs=0.5,
+    )
+    joined, alone = read_bundle(tmp_path / "joined"), read_bundle(bundle)
+
+    assert code == 0
+    assert joined.manifest.score_name == "density_of_states"
+    assert [*alone.manifest.statistics, "local_nll", "local_excess", "nll_over_local"] == list(
+        joined.manifest.statistics
+    )
+    np.testing.assert_allclose(
+        joined.golden.log_likelihood, alone.golden.log_likelihood, rtol=1e-5
+    )
+    assert " of the weights it started from" in joined.read("CARD.md").decode()
+
+
+def test_no_epochs_make_the_bundle_anew(bundle, fixture_data, tmp_path):
+    """--init BUNDLE --epochs 0 exports, fits and calibrates anew, and trains nothing."""
+    data = str(fixture_data / "fashion-mnist")
+    train(data=data, model=None, out=tmp_path / "again", init=bundle, epochs=0.0)
+    again, before = read_bundle(tmp_path / "again"), read_bundle(bundle)
+
+    assert again.read("weights.safetensors") == before.read("weights.safetensors")
+    np.testing.assert_allclose(again.calibration.scores, before.calibration.scores, rtol=1e-4)
+
+
 def killed_run(command: list[str], checkpoint_file: Path, environment: dict[str, str]) -> None:
     """Start a training, kill it as soon as it has written a checkpoint."""
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
