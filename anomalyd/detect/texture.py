@@ -3,15 +3,16 @@
     a few channels      what a straight line through the pixels before it leaves of a pixel's
     of every pixel      brightness; its size, and its products with the neighbours'; gradients;
                         brightness; what the density says: nll and excess
-    windows             means of the channels over five windows, from 3 x 3 to lines of 33 pixels
-    a density           of these means over all pixels of the fit split: one Gaussian
-    surprise            -log of the share of the fit split's pixels, as far from the border as this
-                        one, that are at least as unusual
+    windows             means of the channels over six windows, from 3 x 3 to lines of 33 pixels
+    a density           of these means over all pixels of normal photographs: one Gaussian
+    surprise            -log of the share of those pixels, as far from the border as this one,
+                        that are at least as unusual
     a score             log of the mean over all pixels of 1 / share
 
 The density's map alone says where single pixels are improbable; a defect is where many pixels in
 a row are a little odd, in the same way. What is usual depends on the way to the border, for light,
-burr and edges are normal there. Everything is fitted on normal images of the fit split.
+burr and edges are normal there. Everything is fitted on normal photographs that calibration does
+not see.
 
 References:
     windows and a Gaussian: "PaDiM: A Patch Distribution Modeling Framework for Anomaly Detection
@@ -37,13 +38,13 @@ if TYPE_CHECKING:
 
 __all__ = ["Field", "Texture"]
 
-WINDOWS = ((3, 3), (9, 9), (1, 33), (33, 1), (9, 33))  # rows x columns, odd
+WINDOWS = ((3, 3), (9, 9), (1, 33), (3, 33), (33, 1), (9, 33))  # rows x columns, odd
 REACH = 4  # rows above, and columns to either side, that the line sees
 HALO = 16 + REACH + 1  # rows beyond a band that its features depend on
 BAND = 1 << 17  # pixels whose features are held at a time
 BORDERS = np.array([1, 3, 6, 12, 24])  # pixels to the nearest border, where a class ends
 LEVELS = np.arange(0, 7.01, 0.125)  # nats: -log of the shares whose quantiles are kept
-FEWEST = 20_000  # pixels in a class; one with fewer takes the quantiles of all
+FEWEST = 2_000  # pixels in a class; one with fewer takes the quantiles of all
 CHANNELS = 12
 RIDGE = 1e-2
 

@@ -268,13 +268,21 @@ def _hashes(images: TrainingData, splits: Splits) -> tuple[NDArray[np.uint64], N
 
 
 def _texture(session: Session, trained: Trained) -> Texture:
-    """Fit the texture to photographs of the fit split, drawn until they have `FIT_PIXELS`."""
-    rows = np.random.default_rng(0).permutation(trained.splits.fit)
+    """Fit the texture to photographs drawn until they have `FIT_PIXELS`, none of calibration.
+
+    Those that trained the weights are among them: surfaces vary more than a small fit split
+    shows, and a Gaussian remembers none of them.
+    """
+    splits = trained.splits
+    seen = np.concatenate([splits.train, splits.fit])
+    rows = np.random.default_rng(trained.recipe.train.seed).permutation(seen)
     fields: list[Field] = []
+    pixels = 0
     with counting("reading texture", len(rows)) as advance:
         for row in rows:
-            if sum(field.grey.size for field in fields) < FIT_PIXELS:
+            if pixels < FIT_PIXELS:
                 fields.append(tiling.field(session, trained.spec, trained.images.pixels[row]))
+                pixels += fields[-1].grey.size
             advance(1)
     return Texture.fit(fields)
 

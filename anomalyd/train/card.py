@@ -148,8 +148,8 @@ def _score(manifest: Manifest) -> str:
     if manifest.image.tiled:
         return (
             "The score says how unusual the neighbourhoods of the photograph's pixels are: the "
-            "log of the mean over all pixels of 1 / (share of the fit split's pixels, as far from "
-            "the border, that are as unusual). The heat map shows these shares, pixel by pixel; "
+            "log of the mean over all pixels of 1 / (share of normal pixels, as far from the "
+            "border, that are as unusual). The heat map shows these shares, pixel by pixel; "
             "nothing is promised of it, nor about outliers: what changes slowly over the whole "
             "photograph passes, and what lies within the variety of the normal surface."
         )

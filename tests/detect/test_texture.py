@@ -105,7 +105,7 @@ def test_a_texture_survives_its_file(texture):
         ("mean", np.zeros(3), "shape"),
         ("spread", np.zeros(1), "positive"),
         ("quantiles", None, "rise"),
-        ("whiten", np.full((60, 60), np.nan), "finite"),
+        ("whiten", np.full((72, 72), np.nan), "finite"),
     ],
 )
 def test_a_broken_texture_is_refused(texture, key, value, said):
