@@ -11,7 +11,7 @@ from PIL import Image
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["heatmap_png"]
+__all__ = ["beside_png", "heatmap_png"]
 
 SMALLEST_SIDE = 224  # a thumbnail's map is enlarged by whole numbers until it can be looked at
 BAND = 256  # rows
@@ -23,8 +23,8 @@ COLOURS = np.array([[0, 0, 4], [87, 16, 110], [188, 55, 84], [249, 142, 9], [252
 def heatmap_png(pixels: NDArray[np.uint8], nll_map: NDArray[np.float32]) -> bytes:
     """The image with its map as a PNG; bright is surprising.
 
-    A thumbnail is enlarged, and its map stands right of it; from 224 pixels on, the map lies over
-    the image, and the picture has the image's own size. The colours run from the map's own 50th
+    Beside a thumbnail stands its map, `beside_png`; from 224 pixels on, the map lies over the
+    image, and the picture has the image's own size. The colours run from the map's own 50th
     percentile to its largest value, so they compare pixels within an image and not images with
     one another; p-values do that.
 
@@ -35,19 +35,29 @@ def heatmap_png(pixels: NDArray[np.uint8], nll_map: NDArray[np.float32]) -> byte
     Returns:
         bytes of an RGB PNG, W x H, or 2 W x H times the enlargement.
     """
-    grey = pixels[..., :1].repeat(3, axis=2) if pixels.shape[2] == 1 else pixels
-    level = _levels(nll_map)
-    times = -(-SMALLEST_SIDE // max(pixels.shape[:2]))
-    if times > 1:
-        picture = np.concatenate([grey, _colours(level)], axis=1)
-        picture = picture.repeat(times, axis=0).repeat(times, axis=1)
-    else:
-        picture = np.empty(grey.shape, np.uint8)
-        for top in range(0, len(picture), BAND):  # a large photograph as floats is a large matter
-            rows = np.s_[top : top + BAND]
-            opacity = (OPAQUE * level[rows])[..., None]
-            colours = _colours(level[rows])
-            picture[rows] = (grey[rows] * (1 - opacity) + colours * opacity).round()
+    if max(pixels.shape[:2]) < SMALLEST_SIDE:
+        return beside_png(pixels, nll_map)
+    grey, level = _rgb(pixels), _levels(nll_map)
+    picture = np.empty(grey.shape, np.uint8)
+    for top in range(0, len(picture), BAND):  # a large photograph as floats is a large matter
+        rows = np.s_[top : top + BAND]
+        opacity = (OPAQUE * level[rows])[..., None]
+        picture[rows] = (grey[rows] * (1 - opacity) + _colours(level[rows]) * opacity).round()
+    return _png(picture)
+
+
+def beside_png(pixels: NDArray[np.uint8], nll_map: NDArray[np.float32]) -> bytes:
+    """The image, enlarged until it can be looked at, and right of it its map; as `heatmap_png`."""
+    pair = np.concatenate([_rgb(pixels), _colours(_levels(nll_map))], axis=1)
+    times = max(1, -(-SMALLEST_SIDE // max(pixels.shape[:2])))
+    return _png(pair.repeat(times, axis=0).repeat(times, axis=1))
+
+
+def _rgb(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    return pixels[..., :1].repeat(3, axis=2) if pixels.shape[2] == 1 else pixels
+
+
+def _png(picture: NDArray[np.uint8]) -> bytes:
     stream = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(picture)).save(stream, "PNG")
     return stream.getvalue()
