@@ -33,8 +33,8 @@ _CALIBRATION = {
     "p_table": ("<f8", 1),
     "training_hashes": ("<u8", 1),
     "calibration_hashes": ("<u8", 1),
-    "tiles": ("<i8", 1),
 }
+_TILED = {"tiles": ("<i8", 1)}  # where images are scored in tiles, too
 _GOLDEN = {
     "images": ("|u1", 4),
     "log_likelihood": ("<f8", 2),
@@ -113,10 +113,7 @@ class Golden:
 
 def pack_calibration(calibration: Calibration) -> bytes:
     """Bytes of `calibration.npz`; the same arrays always give the same bytes."""
-    absent = {"tiles"} if calibration.tiles is None else set()
-    return _pack(
-        calibration, {key: _CALIBRATION[key] for key in _CALIBRATION if key not in absent}
-    )
+    return _pack(calibration, _CALIBRATION | ({} if calibration.tiles is None else _TILED))
 
 
 def pack_golden(golden: Golden) -> bytes:
@@ -140,8 +137,7 @@ def unpack_calibration(data: bytes, manifest: Manifest) -> Calibration:
         BundleError: naming the array, the rule and what was found.
     """
     tiled = manifest.image.tiled and manifest.kind == "density"
-    keys = [key for key in _CALIBRATION if tiled or key != "tiles"]
-    expected = {key: _CALIBRATION[key] for key in keys}
+    expected = _CALIBRATION | (_TILED if tiled else {})
     calibration = Calibration(**unpack_arrays(data, expected, "calibration.npz"))
     _refuse_broken("calibration.npz", _calibration_rules(calibration, manifest))
     return calibration
