@@ -45,7 +45,7 @@ alpha = click.option(
 group = click.option(
     "--group",
     metavar="REGEX|COLUMN",
-    help="Never split a group: a regular expression on the path, or a column.",
+    help="Never split a group: a regular expression on the path, a column, or TABLE.csv:COLUMN.",
 )
 bundle = click.argument("bundle", type=PATH)
 
@@ -107,8 +107,15 @@ def anomalyd() -> None:
 @click.option("--seed", type=int, metavar="S", help="Seed of weights, splits and data order.")
 @click.option(
     "--on-mismatch",
-    type=click.Choice(("refuse", "crop", "resize")),
-    help="What to do with images of another shape  [default: refuse]",
+    type=click.Choice(("refuse", "crop", "resize", "tile")),
+    help="What to do with images of another shape; tile scores large photographs piece by piece "
+    "[default: refuse]",
+)
+@click.option(
+    "--shrink",
+    type=int,
+    metavar="K",
+    help="With tile: scale photographs down by this whole factor first  [default: 1]",
 )
 @click.option("--licence", metavar="TEXT", help="Licence of the weights, for the bundle's card.")
 def train(channels: str | None, **options: Any) -> int:
@@ -301,7 +308,15 @@ def evaluate(
     metavar="FILE",
     help="Write .parquet, .jsonl or .csv, and print nothing.",
 )
-@click.option("--heatmaps", type=PATH, metavar="DIR", help="One PNG an image: where it is odd.")
+@click.option(
+    "--heatmaps",
+    type=PATH,
+    metavar="DIR",
+    help="One PNG an image: where it is odd. Nothing is promised of maps, only of verdicts.",
+)
+@click.option(
+    "--flips", is_flag=True, help="Average those maps over four flips, four times as slow."
+)
 @click.option("--explain", is_flag=True, help="Add each statistic's value and p-value.")
 @device
 @click.option("--resume", is_flag=True, help="Go on where an interrupted --output stopped.")
@@ -313,6 +328,7 @@ def score(
     kind: str,
     output: Path | None,
     heatmaps: Path | None,
+    flips: bool,
     explain: bool,
     device: str,
     resume: bool,
@@ -328,7 +344,9 @@ def score(
     if output is not None:
         file_format(output)
     detector = Detector.load(bundle, device=device)
-    scoring = Scoring(detector.alpha(alpha), fdr=fdr, explain=explain, heatmaps=heatmaps)
+    scoring = Scoring(
+        detector.alpha(alpha), fdr=fdr, explain=explain, heatmaps=heatmaps, flips=flips
+    )
     source = open_paths(paths)
     if fdr is not None:
         n, m = detector.manifest.calibration_n, len(source)
@@ -349,6 +367,8 @@ def score(
             )
     if summary.unreadable == summary.images:
         raise AnomalydError(f"none of {summary.images} inputs could be read")
+    if warning := detector.size_warning(summary.unfamiliar):
+        _say(warning)
     rule = f"alpha {scoring.alpha:g}" if fdr is None else f"a false discovery rate of {fdr:g}"
     unreadable = f", {summary.unreadable} could not be read" if summary.unreadable else ""
     _say(f"{summary.images} images, {summary.outliers} outliers at {rule}{unreadable}")

@@ -12,7 +12,7 @@ differ. What it does to an image, in this order:
    are refused, for they declare no range;
 4. lays transparent pixels on black; colour profiles are not applied;
 5. turns RGB into Rec. 601 luma for a one-channel model, and repeats grey for a three-channel one;
-6. fits the size by the policy of `ImageSpec.on_mismatch`.
+6. fits the size by the policy of `ImageSpec.on_mismatch`; a model of tiles takes it as it is.
 
 Of a JPEG that carries further pictures (MPO, gain maps) the first is taken.
 Messages do not name the file: whoever asked knows it.
@@ -122,7 +122,7 @@ _DECODER_ERRORS = (
     zlib.error,
 )
 _RESIZE = {"area": Image.Resampling.BOX, "lanczos": Image.Resampling.LANCZOS}
-_ON_MISMATCH = ("refuse", "crop", "resize")
+_ON_MISMATCH = ("refuse", "crop", "resize", "tile")
 _READ_FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 
 
@@ -131,14 +131,17 @@ class ImageSpec:
     """The images that a model takes, and what is done with one of another size.
 
     Attributes:
-        height, width: pixels.
+        height, width: pixels; of one tile where on_mismatch is "tile".
         channels: 1 (grey) or 3 (RGB).
         levels: values a pixel can take in the model, 256 or 2; `to_pixels` always gives 0..255,
             binary models threshold in their graph.
         resize: the filter for scaling down, "area" (mean over the box) or "lanczos".
         on_mismatch: "refuse" scales down what has the same aspect ratio, to within one pixel,
             and refuses everything else; "crop" first cuts the centre to the aspect ratio;
-            "resize" stretches to the size, and is the only one that enlarges (bilinear).
+            "resize" stretches to the size, and is the only one that enlarges (bilinear);
+            "tile" keeps the image's own size, in which overlapping tiles are scored.
+        shrink: whole factor by which an image is scaled down (mean over the box) before tiles are
+            cut from it; 1 for every other policy.
     """
 
     height: int
@@ -147,6 +150,7 @@ class ImageSpec:
     levels: int = 256
     resize: str = "area"
     on_mismatch: str = "refuse"
+    shrink: int = 1
 
     def __post_init__(self) -> None:
         if self.height < 1 or self.width < 1:
@@ -157,8 +161,17 @@ class ImageSpec:
             raise UsageError(f"image resize must be area or lanczos, not {self.resize!r}")
         if self.on_mismatch not in _ON_MISMATCH:
             raise UsageError(
-                f"image on_mismatch must be refuse, crop or resize, not {self.on_mismatch!r}"
+                f"image on_mismatch must be refuse, crop, resize or tile, not {self.on_mismatch!r}"
             )
+        if self.shrink < 1 or (self.shrink > 1 and not self.tiled):
+            raise UsageError(
+                f"image shrink must be at least 1, and 1 where nothing is tiled, not {self.shrink}"
+            )
+
+    @property
+    def tiled(self) -> bool:
+        """Whether images keep their own sizes and are scored tile by tile."""
+        return self.on_mismatch == "tile"
 
 
 @dataclass(frozen=True)
@@ -195,6 +208,8 @@ def to_pixels(
     limits: Limits = _DEFAULT_LIMITS,
 ) -> NDArray[np.uint8]:
     """Returns the image as the model sees it: uint8 `(height, width, channels)`, 0..255.
+
+    Where the spec is tiled, height and width are the image's own.
 
     Args:
         image: an encoded image, the path of one, or pixels as uint8 `(H, W)`, `(H, W, 1)` or
@@ -570,6 +585,14 @@ def _to_channels(pixels: NDArray[np.uint8], channels: int) -> NDArray[np.uint8]:
 
 def _fit(pixels: NDArray[np.uint8], spec: ImageSpec) -> NDArray[np.uint8]:
     height, width, channels = pixels.shape
+    if spec.tiled:
+        least = spec.height * spec.shrink, spec.width * spec.shrink
+        if height < least[0] or width < least[1]:
+            raise WrongSize(
+                f"image is {width}x{height}; the model reads tiles of {least[1]}x{least[0]}, and "
+                "images are not enlarged: send it larger, or train with a smaller --image-size"
+            )
+        return np.ascontiguousarray(pixels)
     if (height, width) == (spec.height, spec.width):
         return np.ascontiguousarray(pixels)
     left, top, right, bottom = box = _box(width, height, spec)
@@ -599,5 +622,5 @@ def _box(width: int, height: int, spec: ImageSpec) -> tuple[int, int, int, int]:
 def _wrong_size(width: int, height: int, spec: ImageSpec, why: str) -> WrongSize:
     return WrongSize(
         f"image is {width}x{height}; the model takes {spec.width}x{spec.height}, {why}: "
-        "crop or scale it first, or train with on_mismatch = crop or resize"
+        "crop or scale it first, or train with on_mismatch = crop, resize or tile"
     )

@@ -16,6 +16,7 @@ tables, licences) are left out; any other file is an item, if only to be named a
 
 from __future__ import annotations
 
+import csv
 import os
 import re
 import stat
@@ -34,7 +35,15 @@ from anomalyd.containers import (
 )
 from anomalyd.errors import CorruptImage, SourceError, UsageError
 
-__all__ = ["Evaluation", "Item", "Source", "open_evaluation", "open_paths", "open_source"]
+__all__ = [
+    "Evaluation",
+    "Item",
+    "Source",
+    "has_kinds",
+    "open_evaluation",
+    "open_paths",
+    "open_source",
+]
 
 
 @dataclass(frozen=True)
@@ -66,7 +75,8 @@ def open_source(
         split: the split to take where PATH has several and DATA names none.
         labels: whether items carry labels: from sub-folders, the IDX label file or the column.
         group: a regular expression on the path below DATA, of which the first group (or the
-            whole match) counts; for Parquet and .npz the name of a column.
+            whole match) counts; or TABLE.csv:COLUMN, a table whose first column names files as
+            its own folder sees them; for Parquet and .npz the name of a column.
 
     Raises:
         SourceError: there is no such thing, nothing in it can be read, or the split is unclear.
@@ -86,7 +96,7 @@ def open_source(
     members = splits[chosen]
     if chosen in listing.folders:
         good = os.path.join(path, "train", "good")
-        folder = good if chosen == "train" and _is_mvtec(path) else os.path.join(path, chosen)
+        folder = good if chosen == "train" and has_kinds(path) else os.path.join(path, chosen)
         return _open_folder(str(data), _list(folder), want, label="good" if folder == good else "")
     return _open_folder(str(data), _Listing(path, members, []), want)
 
@@ -130,7 +140,7 @@ def open_evaluation(data: str | Path, *, labels: bool = False) -> Evaluation:
         SourceError: as `open_source` does.
     """
     path, asked = _parse(data)
-    if asked is not None or not _is_mvtec(path):
+    if asked is not None or not has_kinds(path):
         return Evaluation(open_source(data, labels=labels))
     want = Want(labels, None)
     test = os.path.join(path, "test")
@@ -255,7 +265,8 @@ def _choose(
     return default
 
 
-def _is_mvtec(path: str) -> bool:
+def has_kinds(path: str | Path) -> bool:
+    """Whether a folder has train/good and test/good, and so its kinds of outliers beside them."""
     return all(os.path.isdir(os.path.join(path, part, "good")) for part in ("train", "test"))
 
 
@@ -337,6 +348,9 @@ def _shown(path: str) -> str:
 def _grouping(group: str | None, root: str) -> Callable[[str], str | None]:
     if group is None:
         return lambda _: None
+    table, _, column = group.rpartition(":")
+    if table.lower().endswith(".csv"):
+        return _tabled(table, column)
     try:
         pattern = re.compile(group)
     except re.error as error:
@@ -348,6 +362,29 @@ def _grouping(group: str | None, root: str) -> Callable[[str], str | None]:
         if found is None:
             raise SourceError(f"--group {group}: it matches nothing in {below}; widen it")
         return found[1] if pattern.groups and found[1] is not None else found[0]
+
+    return of
+
+
+def _tabled(table: str, column: str) -> Callable[[str], str]:
+    try:
+        with open(table, newline="", encoding="utf-8-sig") as file:
+            rows = csv.DictReader(file)
+            names = list(rows.fieldnames or [])
+            if column not in names:
+                raise UsageError(
+                    f"--group {table}:{column}: no such column; it has {', '.join(names)}"
+                )
+            groups = {os.path.normpath(row[names[0]] or ""): row[column] for row in rows}
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UsageError(f"--group {table}: cannot be read: {error}") from error
+    folder = os.path.dirname(table) or "."
+
+    def of(path: str) -> str:
+        name = os.path.relpath(path, folder)
+        if not groups.get(name):
+            raise SourceError(f"--group {table}: it has no {column} for {name}; add a row")
+        return groups[name]
 
     return of
 

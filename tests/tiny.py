@@ -21,6 +21,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from anomalyd.detect import tiling
 from anomalyd.detect.bundle import (
     Calibration,
     Golden,
@@ -29,7 +30,9 @@ from anomalyd.detect.bundle import (
     pack_golden,
     write_bundle,
 )
+from anomalyd.detect.runtime import Session
 from anomalyd.detect.statistics import typicality
+from anomalyd.detect.texture import Texture
 from anomalyd.images import ImageSpec, content_hash
 
 SIDE = 4
@@ -116,6 +119,33 @@ def tiny_model() -> onnx.ModelProto:
         [numpy_helper.from_array(array, name) for name, array in constants.items()],
     )
     return _checked(graph)
+
+
+def tiny_tiled_model() -> onnx.ModelProto:
+    """The same graph with excess_map: nll against its mean under q, in standard deviations."""
+    model = tiny_model()
+    graph, node = model.graph, helper.make_node
+    mean = (PROBABILITIES * NLL).sum()
+    spread = np.sqrt((PROBABILITIES * NLL**2).sum() - mean**2)
+    graph.node.extend(
+        [
+            node("Sub", ["nll_map", "mean_nll"], ["above"]),
+            node("Div", ["above", "spread"], ["excess_map"]),
+        ]
+    )
+    constants = {"mean_nll": np.float32(mean), "spread": np.float32(spread)}
+    graph.initializer.extend(numpy_helper.from_array(v, name) for name, v in constants.items())
+    sides = ["N", SIDE, SIDE]
+    graph.output.append(helper.make_tensor_value_info("excess_map", TensorProto.FLOAT, sides))
+    onnx.checker.check_model(model, full_check=True)
+    return model
+
+
+def photographs(n: int, seed: int = 0, *, least: int = SIDE, most: int = 40) -> list[np.ndarray]:
+    """Images from the density at sizes of their own: uint8 (H, W, 1) each."""
+    rng = np.random.default_rng(seed)
+    sizes = rng.integers(least, most + 1, (n, 2))
+    return [rng.choice(256, (h, w, 1), p=PROBABILITIES).astype(np.uint8) for h, w in sizes]
 
 
 def tiny_encoder(kind: str) -> onnx.ModelProto:
@@ -280,6 +310,44 @@ def tiny_bundle(
     manifest = tiny_manifest(calibration_n=n, **changes)
     path = tmp_path / manifest.name
     write_bundle(path, manifest, {**tiny_files(n), **(files or {})})
+    return path
+
+
+def tiny_tiled(tmp_path: Path, *, n: int = 99, shrink: int = 1, **changes: Any) -> Path:
+    """Write a bundle that scores photographs in 4x4 tiles; arguments as for `tiny_bundle`."""
+    model = tiny_tiled_model().SerializeToString(deterministic=True)
+    session = Session(model, device="cpu")
+    spec = ImageSpec(SIDE, SIDE, 1, on_mismatch="tile", shrink=shrink)
+    least = SIDE * shrink
+    fit, held_out = photographs(60, 1, least=least), photographs(n, 2, least=least)
+    texture = Texture.fit([tiling.field(session, spec, image) for image in fit])
+    raw = tiling.run(session, spec, held_out, texture=texture)
+    fitted = tiling.run(session, spec, fit, texture=texture)
+    calibration = Calibration(
+        **Calibration.by_nll(-fitted.log_likelihood[:, 0], fitted.statistics),
+        scores=np.sort(raw.texture),
+        p_table=np.arange(1, n + 2) / (n + 1),
+        training_hashes=np.sort(np.array([content_hash(x) for x in fit], np.uint64)),
+        calibration_hashes=np.sort(np.array([content_hash(x) for x in held_out], np.uint64)),
+        tiles=np.sort(raw.tiles),
+    )
+    given = {
+        "name": "tiled",
+        "image": spec,
+        "score_name": "texture",
+        "outputs": {output: {"unit": "mixed"} for output in session.outputs},
+        "default_alpha": max(0.01, 1 / (n + 1)),
+        **changes,
+    }
+    manifest = tiny_manifest(calibration_n=n, **given)
+    path = tmp_path / manifest.name
+    files = {
+        **tiny_files(),
+        "model.onnx": model,
+        "calibration.npz": pack_calibration(calibration),
+        "texture.npz": texture.pack(),
+    }
+    write_bundle(path, manifest, files)
     return path
 
 

@@ -15,8 +15,7 @@ from anomalyd.detect import conformal
 from anomalyd.detect.bundle import Calibration, Guarantee, pack_calibration, write_bundle
 from anomalyd.detect.detector import Detector
 from anomalyd.detect.pipeline import Collected, collect
-from anomalyd.detect.statistics import make_score
-from anomalyd.errors import CalibrationError, SourceError
+from anomalyd.errors import CalibrationError, SourceError, UsageError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -77,12 +76,19 @@ def calibrate(
         CalibrationError: too few images are left.
         SourceError: not one image can be read.
         BundleError: the bundle is broken or cannot be written.
-        UsageError: a confidence outside (0, 1).
+        UsageError: a confidence outside (0, 1), a refit of a bundle that has a texture.
     """
     if confidence is not None:
         conformal.smallest_alpha(1, confidence)  # a wrong one is told before images are read
     detector = Detector.load(path, device=device)
-    collected = collect(detector.session, detector.spec, source, progress=progress)
+    if refit and detector.texture is not None:
+        raise UsageError(
+            f"--refit: bundle {path} scores photographs by a texture, which only training fits; "
+            "calibrate without it, or train again"
+        )
+    collected = collect(
+        detector.session, detector.spec, source, texture=detector.texture, progress=progress
+    )
     if collected is None:
         raise SourceError(f"{source.name}: none of its images can be read")
     trained = np.isin(collected.hashes, detector.calibration.training_hashes)
@@ -96,13 +102,14 @@ def calibrate(
     old = detector.calibration
     if refit:
         new, old = _refit(detector, new)
-    score = make_score(detector.manifest.score_name, old.fit)
     n = len(new)
+    judge = Detector(dataclasses.replace(detector.bundle, calibration=old), detector.session)
     calibration = dataclasses.replace(
         old,
-        scores=np.sort(score(detector.nll(new.raw), new.raw.statistics)),
+        scores=np.sort(judge.scores(new.raw)),
         p_table=conformal.p_table(n, confidence),
         calibration_hashes=np.sort(new.hashes),
+        tiles=None if new.raw.tiles is None else np.sort(new.raw.tiles),
     )
     alpha = conformal.default_alpha(n, confidence)
     _write(detector, calibration, alpha, confidence)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from itertools import islice
 from pathlib import Path
@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
-from anomalyd.detect import conformal
+from anomalyd.detect import conformal, tiling
 from anomalyd.detect.bundle import Bundle, Calibration, Manifest, read_bundle
 from anomalyd.detect.golden import open_session
 from anomalyd.detect.runtime import Raw, Session
 from anomalyd.detect.statistics import finite, make_score, negative_log_likelihood
+from anomalyd.detect.texture import Texture
 from anomalyd.errors import BundleError
 from anomalyd.images import ImageSpec, to_pixels
 
@@ -99,6 +100,7 @@ class Detector:
         calibration: its conformal tables.
         session: its graph, running.
         spec: the images it takes.
+        texture: what judges photographs that are scored in tiles; None where images are whole.
     """
 
     def __init__(self, bundle: Bundle, session: Session) -> None:
@@ -108,8 +110,12 @@ class Detector:
         self.calibration: Calibration = bundle.calibration
         self.session = session
         self.spec: ImageSpec = bundle.manifest.image
+        self.texture: Texture | None = None
         try:
-            self._score = make_score(bundle.manifest.score_name, bundle.calibration.fit)
+            if self.spec.tiled:
+                self.texture = Texture.unpack(bundle.read("texture.npz"))
+            else:
+                self._score = make_score(bundle.manifest.score_name, bundle.calibration.fit)
         except BundleError as error:
             raise BundleError(f"bundle {bundle.path}: {error}") from None
         self._fit_statistics = np.sort(bundle.calibration.fit_statistics, axis=0)
@@ -182,12 +188,15 @@ class Detector:
         if isinstance(images, str | Path | bytes | bytearray | memoryview) or (
             isinstance(images, np.ndarray) and images.ndim <= 3
         ):
-            return self.judge(self.session.run(self._pixels(images)[None]), level)[0]
+            return self.judge(self.run([self._pixels(images)]), level)[0]
         verdicts: list[Verdict] = []
-        for batch in _batches(images, self.session.batch):
-            pixels = np.stack([self._pixels(image) for image in batch])
-            verdicts += self.judge(self.session.run(pixels), level)
+        for batch in _batches(images, 1 if self.spec.tiled else self.session.batch):
+            verdicts += self.judge(self.run([self._pixels(image) for image in batch]), level)
         return verdicts
+
+    def run(self, images: Sequence[NDArray[np.uint8]], *, nll_map: bool = False) -> Raw:
+        """Raw scores of images from `to_pixels`, whole or in tiles as the bundle says."""
+        return tiling.run(self.session, self.spec, images, texture=self.texture, nll_map=nll_map)
 
     def alpha(self, asked: float | None) -> float:
         """The alpha to use: the bundle's default, or the one asked for if it can be reached.
@@ -203,7 +212,7 @@ class Detector:
     def columns(self, raw: Raw, alpha: float) -> Judged:
         """The verdicts on N images as arrays."""
         nll = self.nll(raw)
-        score = self._score(nll, raw.statistics)
+        score = self.scores(raw)
         p_value = conformal.p_values(score, self.calibration.scores, self.calibration.p_table)
         bits_per_dim = nll / (self.dimensions * math.log(2))
         return Judged(bits_per_dim, score, p_value, p_value <= alpha)
@@ -224,8 +233,34 @@ class Detector:
         ]
 
     def nll(self, raw: Raw) -> NDArray[np.float64]:
-        """-log p(x): float64 (N,) nats, finite; with classes p(x) = sum over y of p(y) p(x|y)."""
+        """-log p(x): float64 (N,) nats, finite; with classes p(x) = sum over y of p(y) p(x|y).
+
+        Of an image in tiles the mean over them.
+        """
         return negative_log_likelihood(raw.log_likelihood, self.manifest.priors)
+
+    def unfamiliar(self, raw: Raw) -> int:
+        """How many images have fewer or more tiles than any that the bundle is calibrated on."""
+        known = self.calibration.tiles
+        if known is None or raw.tiles is None:
+            return 0
+        return int(((raw.tiles < known[0]) | (raw.tiles > known[-1])).sum())
+
+    def size_warning(self, count: int) -> str | None:
+        """What to say of so many `unfamiliar` images; None of none."""
+        known = self.calibration.tiles
+        if not count or known is None:
+            return None
+        return (
+            f"{count} images are smaller or larger than any that the bundle is calibrated on "
+            f"({known[0]} to {known[-1]} tiles): their p-values promise nothing"
+        )
+
+    def scores(self, raw: Raw) -> NDArray[np.float64]:
+        """What verdicts rest on: float64 (N,), finite, higher is stranger."""
+        if raw.texture is not None:
+            return finite(raw.texture)
+        return self._score(self.nll(raw), raw.statistics)
 
     def explain(self, raw: Raw, row: int) -> dict[str, dict[str, Any]]:
         """Each statistic of one image with where it stands among the fit split's.

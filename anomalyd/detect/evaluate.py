@@ -294,7 +294,12 @@ def evaluate(
     def read(reading: _Reading, name: str, source: Source) -> _Reading:
         items = sample(source, limit, seed)
         for slab in scored(
-            detector.session, detector.spec, items, hashes=True, nll_map=marks is not None
+            detector.session,
+            detector.spec,
+            items,
+            texture=detector.texture,
+            hashes=True,
+            nll_map=marks is not None,
         ):
             reading.add(slab)
             progress(len(slab.items))
@@ -331,6 +336,7 @@ def evaluate(
     sets = {name: compared(name) for name in samples}
     smallest = detector.calibration.p_table[0]
     alphas = sorted({level, *(each for each in ALPHAS if each >= smallest)})
+    unfamiliar = sum(each.unfamiliar for each in (usual, *found.values()))
     levels = [_level(detector, each, normals, samples) for each in alphas]
     return Evaluated(
         bundle=detector.manifest.name,
@@ -348,6 +354,7 @@ def evaluate(
         warnings=[
             *_doubts(levels[alphas.index(level)], sets),
             *_unlocalised(masks, found, has_maps=has_maps),
+            *filter(None, [detector.size_warning(unfamiliar)]),
         ],
     )
 
@@ -409,7 +416,7 @@ class _Reading:
         self.unreadable: list[tuple[str, str]] = []
         self.headers: list[Header] = []
         self.pixels = PixelCounts()
-        self.masked = self.maskless = 0
+        self.masked = self.maskless = self.unfamiliar = 0
 
     def add(self, slab: Slab) -> None:
         """Take what is needed of a slab."""
@@ -427,6 +434,7 @@ class _Reading:
         raw = slab.raw[new]
         judged = self._detector.columns(raw, self._detector.manifest.default_alpha)
         self._judged.append(judged)
+        self.unfamiliar += self._detector.unfamiliar(raw)
         self._scores.append(_all_scores(self._detector, raw, judged))
         self._keep_extremes(judged.score, [items[i] for i in rows])
         self.headers += [read_header(items[i].payload) for i in rows]

@@ -222,6 +222,11 @@ def _density_rules(m: Manifest) -> Iterator[tuple[str, Any, bool, str]]:
     yield "likelihood", likelihood, _matches(_LIKELIHOOD, likelihood), "exact, elbo or iwae-K"
     fine = _matches(_WORD, score) and score != "none"
     yield "score_name", score, fine, f"like {_WORD.pattern} and not none"
+    fine = (score == "texture") == m.image.tiled
+    yield "score_name", score, fine, "texture where on_mismatch is tile, and nowhere else"
+    if m.image.tiled:
+        maps = ("nll_map", "excess_map")
+        yield "outputs", list(m.outputs), m.outputs.keys() >= {*maps}, f"at least {_listed(maps)}"
     yield "calibration_n", m.calibration_n, m.calibration_n >= 1, "at least 1"
 
 

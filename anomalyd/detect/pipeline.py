@@ -3,8 +3,9 @@
     items -> slabs -> decode (a pool of threads) -> run (one thread) -> the caller, in order
 
 While the caller works on one slab, onnxruntime runs the next and the pool decodes those after it;
-at most `AHEAD` slabs exist, so memory does not grow with the source. How items fall into slabs
-depends on their number alone: the same source gives the same bits, every time.
+at most `AHEAD` slabs exist, so memory does not grow with the source; of photographs that are
+scored in tiles each is a slab. How items fall into slabs depends on their number alone: the same
+source gives the same bits, every time.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from anomalyd.detect import tiling
 from anomalyd.detect.runtime import Raw, Session, available_cpus
 from anomalyd.errors import ImageError
 from anomalyd.images import ImageSpec, Limits, content_hash, to_pixels
@@ -26,6 +28,7 @@ from anomalyd.images import ImageSpec, Limits, content_hash, to_pixels
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from anomalyd.detect.texture import Texture
     from anomalyd.sources import Item
 
 __all__ = ["Collected", "Slab", "collect", "item_name", "maps_of", "scored"]
@@ -43,7 +46,8 @@ class Slab:
         items: all of them, in order.
         readable: intp (N,): places in `items` of the images that could be read.
         errors: place in `items` -> why that one could not.
-        pixels: uint8 (N, H, W, C), as the graph saw them.
+        pixels: uint8 (N, H, W, C), as the graph saw them; of tiled images a list, at their own
+            sizes.
         hashes: uint64 (N,) content hashes; empty where they were not asked for.
         raw: raw scores of the N images; None where N is 0.
     """
@@ -51,7 +55,7 @@ class Slab:
     items: list[Item]
     readable: NDArray[np.intp]
     errors: dict[int, ImageError]
-    pixels: NDArray[np.uint8]
+    pixels: NDArray[np.uint8] | list[NDArray[np.uint8]]
     hashes: NDArray[np.uint64]
     raw: Raw | None = None
 
@@ -109,8 +113,10 @@ def scored(
     spec: ImageSpec,
     items: Iterable[Item],
     *,
+    texture: Texture | None = None,
     limits: Limits = LIMITS,
     nll_map: bool = False,
+    flips: bool = False,
     embedding: bool = False,
     hashes: bool = False,
     workers: int | None = None,
@@ -121,8 +127,10 @@ def scored(
         session: the bundle's graph.
         spec: the images it takes.
         items: any number; read as they are needed.
+        texture: what judges photographs, of a tiled density.
         limits: budgets of one image.
         nll_map: fetch per-pixel maps.
+        flips: average them over four flips.
         embedding: fetch the encoder's features.
         hashes: compute content hashes.
         workers: decoding threads; None takes what this process may use.
@@ -143,12 +151,22 @@ def scored(
         slab = decoded.result()
         if not len(slab.readable):
             return slab
-        raw = session.run(slab.pixels, nll_map=nll_map, embedding=embedding, progress=interrupt)
+        raw = tiling.run(
+            session,
+            spec,
+            slab.pixels,
+            texture=texture,
+            nll_map=nll_map,
+            flips=flips,
+            embedding=embedding,
+            progress=interrupt,
+        )
         return Slab(slab.items, slab.readable, slab.errors, slab.pixels, slab.hashes, raw)
 
     try:
         pending: deque[Future[Slab]] = deque()
-        for chunk in _chunks(items, session.batch):
+        # Photographs may be large, and of unlike size: each is a slab of its own.
+        for chunk in _chunks(items, 1, 1) if spec.tiled else _chunks(items, session.batch):
             decoded = pool.submit(_decode, chunk, spec, limits, hashes=hashes)
             pending.append(runner.submit(run, decoded))
             if len(pending) == AHEAD:
@@ -166,6 +184,7 @@ def collect(
     spec: ImageSpec,
     items: Iterable[Item],
     *,
+    texture: Texture | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> Collected | None:
     """Score a whole source and keep its raw scores, hashes and names, never its images.
@@ -179,7 +198,7 @@ def collect(
     errors: list[tuple[str, ImageError]] = []
     raws: list[Raw] = []
     hashes: list[NDArray[np.uint64]] = []
-    for slab in scored(session, spec, items, hashes=True):
+    for slab in scored(session, spec, items, texture=texture, hashes=True):
         errors += [(item_name(slab.items[place]), why) for place, why in slab.errors.items()]
         readable = [slab.items[place] for place in slab.readable]
         names += map(item_name, readable)
@@ -199,17 +218,19 @@ class _Stopped(Exception):
     """The caller has gone; nobody waits for this slab."""
 
 
-def _chunks(items: Iterable[Item], batch: int) -> Iterator[list[Item]]:
+def _chunks(
+    items: Iterable[Item], batch: int, largest: int = LARGEST_SLAB
+) -> Iterator[list[Item]]:
     """Small slabs first, so that the first answers come soon."""
     iterator = iter(items)
     size = batch
     while chunk := list(islice(iterator, size)):
         yield chunk
-        size = min(2 * size, LARGEST_SLAB * batch)
+        size = min(2 * size, largest * batch)
 
 
 def _decode(items: list[Item], spec: ImageSpec, limits: Limits, *, hashes: bool) -> Slab:
-    pixels = np.empty((len(items), spec.height, spec.width, spec.channels), np.uint8)
+    images: list[NDArray[np.uint8]] = []
     readable: list[int] = []
     errors: dict[int, ImageError] = {}
     for place, item in enumerate(items):
@@ -217,11 +238,12 @@ def _decode(items: list[Item], spec: ImageSpec, limits: Limits, *, hashes: bool)
             errors[place] = item.error
             continue
         try:
-            pixels[len(readable)] = to_pixels(item.payload, spec, limits)
+            images.append(to_pixels(item.payload, spec, limits))
         except ImageError as error:
             errors[place] = error
             continue
         readable.append(place)
-    pixels = pixels[: len(readable)]
-    seen = [content_hash(image) for image in pixels] if hashes else []
+    seen = [content_hash(image) for image in images] if hashes else []
+    shape = (-1, spec.height, spec.width, spec.channels)
+    pixels = images if spec.tiled else np.array(images, np.uint8).reshape(shape)
     return Slab(items, np.array(readable, np.intp), errors, pixels, np.array(seen, np.uint64))

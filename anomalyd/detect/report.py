@@ -19,7 +19,7 @@ from PIL import Image
 
 from anomalyd.detect import plots
 from anomalyd.detect.discoveries import SHARE, SPLITS
-from anomalyd.detect.heatmap import heatmap_png
+from anomalyd.detect.heatmap import beside_png
 from anomalyd.detect.localisation import FALSE_POSITIVES
 from anomalyd.detect.pipeline import item_name, maps_of, scored
 from anomalyd.errors import AnomalydError, ImageError, UsageError
@@ -376,7 +376,9 @@ def _gallery(
     """The images again, from their source, as the graph saw them."""
     has_map = thumbnails and "nll_map" in detector.session.outputs
     figures = []
-    for slab in scored(detector.session, detector.spec, items, nll_map=has_map):
+    for slab in scored(
+        detector.session, detector.spec, items, texture=detector.texture, nll_map=has_map
+    ):
         if slab.raw is None:
             continue
         p_values = detector.columns(slab.raw, detector.manifest.default_alpha).p_value.tolist()
@@ -406,7 +408,7 @@ def _picture(
     if mask is not None:
         image = _outlined(image, _shrunk(mask[..., None].astype(np.uint8) * 255)[..., 0] > 127)
     if values is not None:
-        return heatmap_png(image, _shrunk(values[..., None])[..., 0])
+        return beside_png(image, _shrunk(values[..., None])[..., 0])
     stream = io.BytesIO()
     Image.fromarray(image[..., 0] if image.shape[2] == 1 else image).save(stream, "PNG")
     return stream.getvalue()

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnxruntime as ort
@@ -43,29 +43,49 @@ FAILURES: tuple[type[Exception], ...] = (
 
 @dataclass(frozen=True, eq=False)
 class Raw:
-    """What the graph says about N images.
+    """What is known of N images before anything is judged.
 
     Attributes:
         log_likelihood: float64 (N, K), nats; K is 1 without classes, 0 without a density.
         statistics: float32 (N, S), named in the manifest.
-        nll_map: float32 (N, H, W), nats per pixel; None where it was not asked for.
+        nll_map: float32 (N, H, W), nats per pixel; a list of N float32 (H, W) where images are
+            scored in tiles and differ in size; None where it was not asked for.
         log_posterior: float32 (N, K), nats: log p(y|x); None where the graph is no classifier.
         embedding: float32 (N, E); None where it was not asked for.
+        excess_map: float32 (N, H, W), standard deviations; None where it was not asked for.
+        tiles: int64 (N,), how many tiles each image was cut into; the rows above are then means
+            over them. None where images are whole.
+        texture: float64 (N,), nats: what the texture says of each photograph; None likewise.
     """
 
     log_likelihood: NDArray[np.float64]
     statistics: NDArray[np.float32]
-    nll_map: NDArray[np.float32] | None = None
+    nll_map: NDArray[np.float32] | list[NDArray[np.float32]] | None = None
     log_posterior: NDArray[np.float32] | None = None
     embedding: NDArray[np.float32] | None = None
+    excess_map: NDArray[np.float32] | None = None
+    tiles: NDArray[np.int64] | None = None
+    texture: NDArray[np.float64] | None = None
 
     def __len__(self) -> int:
         return len(self.log_likelihood)
 
     def __getitem__(self, rows: slice | NDArray[np.intp] | NDArray[np.bool_]) -> Raw:
-        optional = (self.nll_map, self.log_posterior, self.embedding)
-        chosen = (None if array is None else array[rows] for array in optional)
-        return Raw(self.log_likelihood[rows], self.statistics[rows], *chosen)
+        maps = self.nll_map
+        if isinstance(maps, list):
+            maps = [maps[i] for i in np.arange(len(self))[rows]]
+        elif maps is not None:
+            maps = maps[rows]
+        return Raw(
+            self.log_likelihood[rows],
+            self.statistics[rows],
+            maps,
+            None if self.log_posterior is None else self.log_posterior[rows],
+            None if self.embedding is None else self.embedding[rows],
+            None if self.excess_map is None else self.excess_map[rows],
+            None if self.tiles is None else self.tiles[rows],
+            None if self.texture is None else self.texture[rows],
+        )
 
     @staticmethod
     def concat(parts: Sequence[Raw]) -> Raw:
@@ -75,15 +95,26 @@ class Raw:
         return Raw(
             np.concatenate([part.log_likelihood for part in parts]),
             np.concatenate([part.statistics for part in parts]),
-            _joined([part.nll_map for part in parts]),
+            _joined_maps([part.nll_map for part in parts if part.nll_map is not None]),
             _joined([part.log_posterior for part in parts]),
             _joined([part.embedding for part in parts]),
+            _joined([part.excess_map for part in parts]),
+            _joined([part.tiles for part in parts]),
+            _joined([part.texture for part in parts]),
         )
 
 
-def _joined(arrays: Sequence[NDArray[np.float32] | None]) -> NDArray[np.float32] | None:
+def _joined(arrays: Sequence[NDArray[Any] | None]) -> NDArray[Any] | None:
     there = [array for array in arrays if array is not None]
     return np.concatenate(there) if there else None
+
+
+def _joined_maps(
+    maps: Sequence[NDArray[np.float32] | list[NDArray[np.float32]]],
+) -> NDArray[np.float32] | list[NDArray[np.float32]] | None:
+    if any(isinstance(part, list) for part in maps):
+        return [image for part in maps for image in part]
+    return np.concatenate(maps) if maps else None
 
 
 class Session:
@@ -123,6 +154,7 @@ class Session:
         *,
         nll_map: bool = False,
         embedding: bool = False,
+        excess_map: bool = False,
         progress: Callable[[int], object] | None = None,
     ) -> Raw:
         """Score images.
@@ -131,6 +163,7 @@ class Session:
             images: uint8 (N, H, W, C), N >= 1.
             nll_map: fetch the per-pixel map too.
             embedding: fetch the encoder's features too.
+            excess_map: fetch what of the per-pixel map was not expected too.
             progress: called after each batch with the number of images in it.
 
         Raises:
@@ -145,6 +178,10 @@ class Session:
             if "embedding" not in self.outputs:
                 raise BundleError("model.onnx has no encoder (embedding): no features from it")
             fetch.append("embedding")
+        if excess_map:
+            if "excess_map" not in self.outputs:
+                raise BundleError("model.onnx does not say what it expects (excess_map): no tiles")
+            fetch.append("excess_map")
         parts = []
         for start, stop in self._batches(len(images)):
             parts.append(self._run(images[start:stop], fetch))

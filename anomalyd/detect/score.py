@@ -42,19 +42,23 @@ class Scoring:
         fdr: flag by Benjamini-Hochberg at this share of false flags; None flags by alpha.
         explain: add each statistic's value and p-value.
         heatmaps: folder for one PNG an image; None makes none.
+        flips: average those maps over four flips of the image.
 
     Raises:
-        UsageError: an fdr outside (0, 1).
+        UsageError: an fdr outside (0, 1), flips without maps.
     """
 
     alpha: float
     fdr: float | None = None
     explain: bool = False
     heatmaps: Path | None = None
+    flips: bool = False
 
     def __post_init__(self) -> None:
         if self.fdr is not None and not 0 < self.fdr < 1:
             raise UsageError(f"--fdr must lie between 0 and 1, not {self.fdr:g}; try 0.1")
+        if self.flips and self.heatmaps is None:
+            raise UsageError("--flips averages maps; say where they go with --heatmaps DIR")
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -64,11 +68,12 @@ class Scoring:
 
 @dataclass
 class Summary:
-    """Counts over all rows."""
+    """Counts over all rows; `unfamiliar` of images smaller or larger than any calibrated on."""
 
     images: int = 0
     outliers: int = 0
     unreadable: int = 0
+    unfamiliar: int = 0
 
     def add(self, rows: Iterable[Row]) -> None:
         """Count rows."""
@@ -117,7 +122,7 @@ def score_to_stream(
     """
     writer = make_writer(kind, stream, scoring.columns)
     summary = Summary()
-    rows = _rows(detector, source, scoring, progress=progress)
+    rows = _rows(detector, source, scoring, summary, progress=progress)
     for slab in rows if scoring.fdr is None else _after_the_last(rows, scoring.fdr):
         summary.add(slab)
         writer.write(slab)
@@ -152,13 +157,14 @@ def score_to_file(
         AnomalydError: the disk refuses.
     """
     kind = file_format(path)
+    summary = Summary()
     with Journal(path, _header(detector, scoring), resume=resume) as journal:
         items = iter(source)
         _skip(items, journal)
         progress(journal.count)
-        for rows in _rows(detector, items, scoring, first=journal.count, progress=progress):
+        first = journal.count
+        for rows in _rows(detector, items, scoring, summary, first=first, progress=progress):
             journal.write(rows)
-        summary = Summary()
         journal.finish(kind, scoring.columns, _counted(_final(journal, scoring.fdr), summary))
     return summary
 
@@ -167,6 +173,7 @@ def _rows(
     detector: Detector,
     items: Iterable[Item],
     scoring: Scoring,
+    summary: Summary,
     *,
     first: int = 0,
     progress: Callable[[int], object],
@@ -174,8 +181,16 @@ def _rows(
     maps = scoring.heatmaps
     if maps is not None:
         _make_folder(detector, maps)
-    for slab in scored(detector.session, detector.spec, items, nll_map=maps is not None):
+    for slab in scored(
+        detector.session,
+        detector.spec,
+        items,
+        texture=detector.texture,
+        nll_map=maps is not None,
+        flips=scoring.flips,
+    ):
         yield _slab_rows(detector, slab, scoring)
+        summary.unfamiliar += 0 if slab.raw is None else detector.unfamiliar(slab.raw)
         if maps is not None:
             _write_maps(slab, maps, first)
         first += len(slab.items)

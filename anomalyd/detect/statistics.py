@@ -4,6 +4,7 @@
                         verdict
     typicality          |F(nll) - 1/2|, F the ranks in the fit split: strange on either side
     density_of_states   how far from its nearest normal images, in the space of all statistics
+    texture             how unusual the neighbourhoods of a photograph's pixels are (texture.py)
 
 Everything a score needs to know comes from the fit split, never from the calibration split: a
 score that looked at the calibration images would not be exchangeable with theirs, and the

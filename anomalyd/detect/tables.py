@@ -34,6 +34,7 @@ _CALIBRATION = {
     "training_hashes": ("<u8", 1),
     "calibration_hashes": ("<u8", 1),
 }
+_TILED = {"tiles": ("<i8", 1)}  # where images are scored in tiles, too
 _GOLDEN = {
     "images": ("|u1", 4),
     "log_likelihood": ("<f8", 2),
@@ -58,6 +59,8 @@ class Calibration:
             p_table[number of calibration scores >= s].
         training_hashes: uint64, ascending: images of train, validation and fit split.
         calibration_hashes: uint64, ascending: images of the calibration split.
+        tiles: int64 (n,), ascending: how many tiles the calibration images have; None where
+            images are not tiled.
     """
 
     fit_nll: NDArray[np.float64]
@@ -66,6 +69,7 @@ class Calibration:
     p_table: NDArray[np.float64]
     training_hashes: NDArray[np.uint64]
     calibration_hashes: NDArray[np.uint64]
+    tiles: NDArray[np.int64] | None = None
 
     @property
     def fit(self) -> Fit:
@@ -109,7 +113,7 @@ class Golden:
 
 def pack_calibration(calibration: Calibration) -> bytes:
     """Bytes of `calibration.npz`; the same arrays always give the same bytes."""
-    return _pack(calibration, _CALIBRATION)
+    return _pack(calibration, _CALIBRATION | ({} if calibration.tiles is None else _TILED))
 
 
 def pack_golden(golden: Golden) -> bytes:
@@ -132,7 +136,9 @@ def unpack_calibration(data: bytes, manifest: Manifest) -> Calibration:
     Raises:
         BundleError: naming the array, the rule and what was found.
     """
-    calibration = Calibration(**unpack_arrays(data, _CALIBRATION, "calibration.npz"))
+    tiled = manifest.image.tiled and manifest.kind == "density"
+    expected = _CALIBRATION | (_TILED if tiled else {})
+    calibration = Calibration(**unpack_arrays(data, expected, "calibration.npz"))
     _refuse_broken("calibration.npz", _calibration_rules(calibration, manifest))
     return calibration
 
@@ -181,6 +187,10 @@ def _conformal_rules(c: Calibration, manifest: Manifest) -> _Rules:
     yield _is_shape("fit_statistics", c.fit_statistics, (len(c.fit_nll), width))
     yield n == stated, f"scores holds {n} where manifest.json says calibration_n {stated}"
     yield _is_shape("p_table", c.p_table, (n + 1,))
+    if c.tiles is not None:
+        yield _is_shape("tiles", c.tiles, (n,))
+        yield (c.tiles[1:] >= c.tiles[:-1]).all(), "tiles must be sorted in ascending order"
+        yield c.tiles[0] >= 1, "tiles must be at least 1"
     smallest = c.p_table[0]
     rises = smallest > 0 and (c.p_table[1:] > c.p_table[:-1]).all() and c.p_table[-1] <= 1
     yield rises, "p_table must increase strictly within (0, 1]"

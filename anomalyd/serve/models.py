@@ -209,15 +209,16 @@ def make_model(detector: Detector, settings: ServeSettings, metrics: Metrics) ->
 
 
 def _score(detector: Detector, jobs: list[Job]) -> list[Scored]:
-    images = np.stack([job.pixels for job in jobs])
-    raw = detector.session.run(images, nll_map=any(job.nll_map for job in jobs))
+    images = [job.pixels for job in jobs]
+    raw = detector.run(images, nll_map=any(job.nll_map for job in jobs))
     judged = {alpha: detector.judge(raw, alpha) for alpha in {job.alpha for job in jobs}}
     return [Scored(judged[job.alpha][row], raw, row) for row, job in enumerate(jobs)]
 
 
 def _blank(detector: Detector) -> NDArray[np.uint8]:
     spec = detector.spec
-    return np.zeros((spec.height, spec.width, spec.channels), np.uint8)
+    size = spec.height * spec.shrink, spec.width * spec.shrink
+    return np.zeros((*size, spec.channels), np.uint8)
 
 
 def _bundles(given: Sequence[str]) -> dict[Path, bool]:

@@ -13,14 +13,16 @@ import numpy as np
 
 from anomalyd.density.base import Density
 from anomalyd.detect import bundle as bundles
-from anomalyd.detect import conformal
+from anomalyd.detect import conformal, tiling
 from anomalyd.detect.pipeline import collect
 from anomalyd.detect.runtime import CPU, CUDA, Raw, Session, available_cpus
 from anomalyd.detect.sample import Sampler, grid
 from anomalyd.detect.statistics import Fit, make_score, negative_log_likelihood
+from anomalyd.detect.texture import Field, Texture
 from anomalyd.errors import SourceError
-from anomalyd.sources import open_source
+from anomalyd.sources import has_kinds, open_evaluation, open_source
 from anomalyd.train import card, report
+from anomalyd.train.data import crops, forget
 from anomalyd.train.export import OPSET, TOLERANCE, check_parity, to_onnx, to_sampler, to_steps
 from anomalyd.train.progress import counting, say
 from anomalyd.train.splits import Splits
@@ -44,6 +46,8 @@ SPLITS = ("train", "validation", "fit", "calibration")
 SCORE = "density_of_states"
 """What verdicts rest on."""
 PARITY_IMAGES = 64
+FIT_PIXELS = 1 << 25
+"""Pixels that a texture is fitted to, at most: some 300 MB."""
 STRANGEST = 20
 UNITS = {
     "log_likelihood": "nats",
@@ -124,6 +128,7 @@ def write(
     trained: Trained,
     *,
     data: str,
+    group: str | None,
     licence: str | None,
     out: Path,
     folder: Path,
@@ -134,6 +139,7 @@ def write(
     Args:
         trained: the model and its history.
         data: the DATA argument, whose test split is scored where there is one.
+        group: the --group argument.
         licence: of the weights.
         out: the bundle's folder.
         folder: the run's folder.
@@ -145,14 +151,14 @@ def write(
     """
     images, splits, model = trained.images, trained.splits, trained.model
     files = graphs(model)
-    parity = check_parity(
-        model, files["model.onnx"], images.pixels[splits.validation[:PARITY_IMAGES]]
-    )
+    some = splits.validation[:PARITY_IMAGES]
+    parity = check_parity(model, files["model.onnx"], crops(images.pixels, some, [0]))
     session = Session(files["model.onnx"], device="cpu")
     test = _test_split(session, trained, data)
     about = card.Training(
         model=trained.recipe.model,
         data=data,
+        group=group,
         labels=bool(trained.classes),
         out=str(out),
         counts={name: len(getattr(splits, name)) for name in SPLITS},
@@ -169,7 +175,11 @@ def write(
     )
     manifest = _manifest(trained, out.name, session, test, licence)
     if model.kind == "density":
-        calibration, text, manifest = _calibrated(trained, session, manifest, about, folder)
+        calibration, text, manifest, texture = _calibrated(
+            trained, session, manifest, about, folder
+        )
+        if texture is not None:
+            files["texture.npz"] = texture.pack()
         files["samples.png"] = samples(manifest, files)
     else:
         calibration = bundles.Calibration.hashes_alone(*_hashes(images, splits))
@@ -186,7 +196,7 @@ def write(
             "weights.safetensors": pack_weights(model),
         },
     )
-    (folder / "pixels.npy").unlink()  # the images themselves are the user's; this copy is ours
+    forget(folder)
     (folder / "checkpoint.safetensors").unlink()
     (folder / "job.json").unlink()
     if test.bits_per_dim is not None:
@@ -207,15 +217,19 @@ def _calibrated(
     manifest: bundles.Manifest,
     about: card.Training,
     folder: Path,
-) -> tuple[bundles.Calibration, str, bundles.Manifest]:
+) -> tuple[bundles.Calibration, str, bundles.Manifest, Texture | None]:
     """Score the held-out splits with the exported graph; return tables, card and manifest."""
     images, splits = trained.images, trained.splits
-    fit = _scored(session, images.pixels, splits.fit, "fit split")
-    held_out = _scored(session, images.pixels, splits.calibration, "calibration split")
+    texture = _texture(session, trained) if trained.spec.tiled else None
+    fit = _scored(session, trained, splits.fit, "fit split", texture)
+    held_out = _scored(session, trained, splits.calibration, "calibration split", texture)
     fit_nll = negative_log_likelihood(fit.log_likelihood, manifest.priors)
     nll = negative_log_likelihood(held_out.log_likelihood, manifest.priors)
-    score = make_score(manifest.score_name, Fit(fit_nll, fit.statistics))
-    scores = score(nll, held_out.statistics)
+    if held_out.texture is not None:
+        scores = held_out.texture
+    else:
+        score = make_score(manifest.score_name, Fit(fit_nll, fit.statistics))
+        scores = score(nll, held_out.statistics)
     n = len(scores)
     training, calibrating = _hashes(images, splits)
     calibration = bundles.Calibration(
@@ -224,6 +238,7 @@ def _calibrated(
         p_table=conformal.p_table(n),
         training_hashes=training,
         calibration_hashes=calibrating,
+        tiles=None if held_out.tiles is None else np.sort(held_out.tiles),
     )
     alpha = conformal.default_alpha(n)
     manifest = replace(manifest, calibration_n=n, default_alpha=alpha)
@@ -242,7 +257,7 @@ def _calibrated(
             f"{conformal.DEFAULT_ALPHA} calibrate with {conformal.images_needed(0.01)}"
         )
     say(f"look at the {len(strangest)} strangest held-out normals: {picture}, {listed}")
-    return calibration, text, manifest
+    return calibration, text, manifest, texture
 
 
 def _hashes(images: TrainingData, splits: Splits) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
@@ -252,14 +267,41 @@ def _hashes(images: TrainingData, splits: Splits) -> tuple[NDArray[np.uint64], N
     return training, np.unique(images.hashes[calibrating])
 
 
+def _texture(session: Session, trained: Trained) -> Texture:
+    """Fit the texture to photographs drawn until they have `FIT_PIXELS`, none of calibration.
+
+    Those that trained the weights are among them: surfaces vary more than a small fit split
+    shows, and a Gaussian remembers none of them.
+    """
+    splits = trained.splits
+    seen = np.concatenate([splits.train, splits.fit])
+    rows = np.random.default_rng(trained.recipe.train.seed).permutation(seen)
+    fields: list[Field] = []
+    pixels = 0
+    with counting("reading texture", len(rows)) as advance:
+        for row in rows:
+            if pixels < FIT_PIXELS:
+                fields.append(tiling.field(session, trained.spec, trained.images.pixels[row]))
+                pixels += fields[-1].grey.size
+            advance(1)
+    return Texture.fit(fields)
+
+
 def _scored(
-    session: Session, pixels: NDArray[np.uint8], rows: NDArray[np.int64], what: str
+    session: Session,
+    trained: Trained,
+    rows: NDArray[np.int64],
+    what: str,
+    texture: Texture | None = None,
 ) -> Raw:
     """Score rows of the decoded images with the exported graph, reading a slab at a time."""
-    slab, parts = 8 * session.batch, []
+    pixels, spec = trained.images.pixels, trained.spec
+    slab, parts = 1 if spec.tiled else 8 * session.batch, []
     with counting(f"scoring {what}", len(rows)) as advance:
         for start in range(0, len(rows), slab):
-            parts.append(session.run(pixels[rows[start : start + slab]], progress=advance))
+            some = rows[start : start + slab]
+            images = pixels[some] if isinstance(pixels, np.ndarray) else [pixels[some[0]]]
+            parts.append(tiling.run(session, spec, images, texture=texture, progress=advance))
     return Raw.concat(parts)
 
 
@@ -269,7 +311,11 @@ def _test_split(session: Session, trained: Trained, data: str) -> _Measured:
         return _Measured()
     root, labels = data.removesuffix(":train"), bool(trained.classes)
     try:
-        source = open_source(root, split="test", labels=labels)
+        source = (
+            open_evaluation(root, labels=labels).normal
+            if has_kinds(root)
+            else open_source(root, split="test", labels=labels)
+        )
         training_data = open_source(data, split="train")
     except SourceError:
         return _Measured()
@@ -304,7 +350,7 @@ def _manifest(
         created=datetime.now(UTC).replace(microsecond=0).isoformat(),
         image=trained.spec,
         likelihood=model.likelihood if isinstance(model, Density) else "none",
-        score_name=SCORE if model.kind == "density" else "none",
+        score_name=_score_name(trained),
         guarantee={"kind": "marginal", "confidence": None},
         classes=trained.classes or None,
         priors=trained.priors,
@@ -320,6 +366,12 @@ def _manifest(
         data_digest=trained.images.digest,
         licence=licence or "unspecified",
     )
+
+
+def _score_name(trained: Trained) -> str:
+    if trained.model.kind != "density":
+        return "none"
+    return "texture" if trained.spec.tiled else SCORE
 
 
 def _golden(session: Session, spec: ImageSpec, kind: str) -> bundles.Golden:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,7 @@ class Training:
     Attributes:
         model: name of the density.
         data: the DATA argument.
+        group: the --group argument.
         labels: whether the classes were given.
         out: the bundle's folder, as it was named.
         counts: images by split.
@@ -41,6 +43,7 @@ class Training:
 
     model: str
     data: str
+    group: str | None
     labels: bool
     out: str
     counts: dict[str, int]
@@ -92,8 +95,9 @@ def write_card(
         if test is not None
         else f"{training.validation:.4f} bits/dim{bound} on the validation split; no test split"
     )
-    names = [f"`{name}`" for name in manifest.statistics]
-    statistics, columns = ", ".join(names), 1 + len(names)
+    kind = "images"
+    if spec.tiled:
+        kind = f"tiles of photographs, scaled down by {spec.shrink},"
     per_class = f" for each of {len(manifest.classes)} classes" if manifest.classes else ""
     strange = "\n".join(
         f"| {place} | `{item.name}` | {item.p_value:.4f} | {item.bits_per_dim:.3f} |"
@@ -101,7 +105,7 @@ def write_card(
     )
     return f"""# {manifest.name}
 
-A `{training.model}` density{per_class} of {spec.height}x{spec.width} images with {spec.channels} \
+A `{training.model}` density{per_class} of {spec.height}x{spec.width} {kind} with {spec.channels} \
 channel(s), {manifest.parameters:,} parameters: {measured}.
 
 ## What its verdict means
@@ -112,10 +116,7 @@ images. The rate of false alarms is then at most alpha, on average over calibrat
 live normal images are exchangeable with the calibration images. After a change of camera, light \
 or product they are not: run `anomalyd calibrate` on new normal images.
 
-The score is the distance to the nearest of the normal images that were set aside to fit it, in \
-{columns} columns made comparable by their ranks: -log p(x) and the statistics {statistics}. It \
-is no probability, and nothing is promised about outliers: flips, small changes of contrast and \
-others that have the statistics of normal images pass. `anomalyd evaluate` measures what is caught.
+{_score(manifest)} `anomalyd evaluate` measures what is caught.
 
 ## Scores of the calibration images
 
@@ -140,6 +141,26 @@ small p-values are expected: they are the {len(strangest)} smallest.
 {strange}
 
 {_history(manifest, training)}"""
+
+
+def _score(manifest: Manifest) -> str:
+    """What the score is, and what it is not."""
+    if manifest.image.tiled:
+        return (
+            "The score says how unusual the neighbourhoods of the photograph's pixels are: the "
+            "log of the mean over all pixels of 1 / (share of normal pixels, as far from the "
+            "border, that are as unusual). The heat map shows these shares, pixel by pixel; "
+            "nothing is promised of it, nor about outliers: what changes slowly over the whole "
+            "photograph passes, and what lies within the variety of the normal surface."
+        )
+    names = ", ".join(f"`{name}`" for name in manifest.statistics)
+    return (
+        "The score is the distance to the nearest of the normal images that were set aside to fit "
+        f"it, in {1 + len(manifest.statistics)} columns made comparable by their ranks: -log p(x) "
+        f"and the statistics {names}. It is no probability, and nothing is promised about "
+        "outliers: flips, small changes of contrast and other images with the statistics of "
+        "normal ones pass."
+    )
 
 
 def write_plain_card(manifest: Manifest, training: Training) -> str:
@@ -168,6 +189,8 @@ starts another model from them.
 def _history(manifest: Manifest, training: Training) -> str:
     counts = ", ".join(f"{name} {count:,}" for name, count in training.counts.items())
     options = " --labels" if training.labels else ""
+    if training.group:
+        options += f" --group {shlex.quote(training.group)}"
     before, again = "", "One command trains it again"
     if training.init:
         options += f" --init {training.init}"

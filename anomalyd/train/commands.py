@@ -26,7 +26,7 @@ from anomalyd.sources import open_source
 from anomalyd.train import loop
 from anomalyd.train.bundling import SPLITS, Trained, graphs, samples, write
 from anomalyd.train.data import TrainingData, excluded, gather, reopen
-from anomalyd.train.export import check_parity
+from anomalyd.train.export import check_parity, outputs_of
 from anomalyd.train.models import assemble
 from anomalyd.train.progress import counting, say, training
 from anomalyd.train.recipe import Recipe, default_recipe, parse_recipe, read_recipe
@@ -63,6 +63,7 @@ def train(
     recipe: Path | None = None,
     seed: int | None = None,
     on_mismatch: str | None = None,
+    shrink: int | None = None,
     licence: str | None = None,
 ) -> int:
     """Train a model on normal images and write a bundle, calibrated where it is a density.
@@ -89,13 +90,15 @@ def train(
         "width": image_size,
         "channels": channels,
         "on_mismatch": on_mismatch,
+        "shrink": shrink,
     }
     source = open_source(data, split="train", labels=labels, group=group)
     spec = _image_spec(source, chosen.image | {k: v for k, v in asked.items() if v is not None})
     chosen = dataclasses.replace(chosen, image=dataclasses.asdict(spec))
     # A wrong option is told before images are read; two classes stand for those to be found.
-    assemble(chosen, spec, 2 if labels else 0)
-    job = _Job(data, chosen.to_toml(), labels, minutes, str(init) if init else None, licence)
+    _check_tiles(assemble(chosen, spec, 2 if labels else 0), spec)
+    start = str(init) if init else None
+    job = _Job(data, chosen.to_toml(), labels, minutes, start, licence, group)
     _claim(folder)
     with counting("decoding", len(source)) as advance:
         gather(source, spec, folder, exclude=excluded(exclude), advance=advance)
@@ -113,6 +116,7 @@ class _Job:
     minutes: float | None = None
     init: str | None = None
     licence: str | None = None
+    group: str | None = None
 
     def write(self, folder: Path) -> None:
         # Written last: a run folder without it holds no complete set of images.
@@ -187,6 +191,19 @@ def _image_spec(source: Source, asked: dict[str, object]) -> ImageSpec:
     return ImageSpec(**asked)  # type: ignore[arg-type]
 
 
+def _check_tiles(model: Model, spec: ImageSpec) -> None:
+    """Refuse a density that cannot score photographs, before it is trained."""
+    shape = (1, spec.height, spec.width, spec.channels)
+    if spec.tiled and model.kind == "density":
+        with torch.no_grad():
+            outputs = outputs_of(model(torch.zeros(shape, dtype=torch.uint8)))
+        if "excess_map" not in outputs:
+            raise UsageError(
+                "--on-mismatch tile: photographs are scored by what a density expects of every "
+                "pixel, which this one does not say; take a PixelCNN or PixelRNN"
+            )
+
+
 def _first_shape(source: Source) -> tuple[int, int, int]:
     """Height, width and channels of the first image that can be read."""
     first = ""
@@ -256,7 +273,15 @@ def _run(job: _Job, out: Path, folder: Path, *, device: str, resume: bool) -> in
     epochs = round(outcome.budget / outcome.steps_per_epoch, 3)
     recipe = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, epochs=epochs))
     trained = Trained(model, recipe, spec, images, splits, classes, labels, outcome)
-    write(trained, data=job.data, licence=job.licence, out=out, folder=folder, init=job.init)
+    write(
+        trained,
+        data=job.data,
+        group=job.group,
+        licence=job.licence,
+        out=out,
+        folder=folder,
+        init=job.init,
+    )
     for unreadable in images.unreadable:
         say(f"not used: {unreadable}")
     return 3 if images.unreadable else 0

@@ -1,31 +1,125 @@
-"""Training images, decoded once by the serving path into one memory-mapped array."""
+"""Training images, decoded once by the serving path into one memory-mapped array.
+
+Images of one size are the rows of pixels.npy; photographs, of which random crops are trained on,
+lie at their own sizes one after the other in photographs.bin.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
+from functools import cached_property
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from anomalyd.detect.pipeline import item_name
+from anomalyd.detect.tiling import shrunk
 from anomalyd.errors import ImageError, TrainingError, UsageError
 from anomalyd.images import ImageSpec, content_hash, to_pixels
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from numpy.typing import NDArray
 
     from anomalyd.sources import Item, Source
 
-__all__ = ["TrainingData", "excluded", "gather", "reopen"]
+__all__ = [
+    "Photographs",
+    "TrainingData",
+    "crops",
+    "excluded",
+    "forget",
+    "gather",
+    "per_tile",
+    "reopen",
+]
+
+PIXELS, PHOTOGRAPHS = "pixels.npy", "photographs.bin"
+
+
+@dataclass(frozen=True, eq=False)
+class Photographs:
+    """Images of unlike sizes, as a sequence, and the random crops of them that are trained on.
+
+    Attributes:
+        flat: uint8, memory-mapped: all pixels of all images.
+        shapes: N shapes (H, W, C).
+        tile: height and width of a crop after scaling down.
+        shrink: whole factor by which it is scaled down.
+    """
+
+    flat: NDArray[np.uint8]
+    shapes: list[tuple[int, int, int]]
+    tile: tuple[int, int]
+    shrink: int = 1
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+    def __getitem__(self, row: int) -> NDArray[np.uint8]:
+        """One image, uint8 (H, W, C)."""
+        shape, start = self.shapes[row], self.starts[row]
+        return self.flat[start : start + math.prod(shape)].reshape(shape)
+
+    @cached_property
+    def starts(self) -> list[int]:
+        """Where each image begins in `flat`."""
+        return [0, *accumulate(math.prod(shape) for shape in self.shapes)]
+
+    def crops(self, rows: NDArray[np.int64], seed: Sequence[int]) -> NDArray[np.uint8]:
+        """A random tile of each row, uint8 (n, height, width, C); equal seeds cut equal tiles."""
+        corner = np.random.default_rng(seed).random((len(rows), 2))
+        height, width = (side * self.shrink for side in self.tile)
+        tiles = []
+        for (down, across), row in zip(corner.tolist(), rows.tolist(), strict=True):
+            # Cut first and scaled down then: at any pixel, not only where boxes begin.
+            image = self[row]
+            top = int(down * (image.shape[0] - height + 1))
+            left = int(across * (image.shape[1] - width + 1))
+            tiles.append(shrunk(image[top : top + height, left : left + width], self.shrink))
+        return np.stack(tiles)
+
+
+def crops(
+    pixels: NDArray[np.uint8] | Photographs, rows: NDArray[np.int64], seed: Sequence[int]
+) -> NDArray[np.uint8]:
+    """The images of some rows as the model trains on them: whole, or a random tile of each.
+
+    Args:
+        pixels: all images.
+        rows: int64 (n,), which ones; a row may occur more than once.
+        seed: of the tiles.
+
+    Returns:
+        uint8 (n, height, width, channels).
+    """
+    return pixels.crops(rows, seed) if isinstance(pixels, Photographs) else pixels[rows]
+
+
+def per_tile(
+    pixels: NDArray[np.uint8] | Photographs, rows: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """Rows as often as tiles fill each photograph, so that one pass over them sees its area.
+
+    Args:
+        pixels: all images; where they are of one size, rows stay as they are.
+        rows: int64 (n,).
+    """
+    if not isinstance(pixels, Photographs):
+        return rows
+    tile = math.prod(pixels.tile) * pixels.shrink**2
+    areas = [math.prod(pixels.shapes[row][:2]) for row in rows.tolist()]
+    return np.repeat(rows, [max(1, round(area / tile)) for area in areas])
 
 
 @dataclass(frozen=True)
@@ -33,7 +127,7 @@ class TrainingData:
     """Decoded images and what is known of each.
 
     Attributes:
-        pixels: uint8 (N, H, W, C), memory-mapped.
+        pixels: uint8 (N, H, W, C), memory-mapped, or photographs of unlike sizes.
         hashes: uint64 (N,) content hashes.
         names: N sources, `path` or `path#index`.
         groups: N group names or None.
@@ -41,7 +135,7 @@ class TrainingData:
         unreadable: `name: reason` of what was left out.
     """
 
-    pixels: NDArray[np.uint8]
+    pixels: NDArray[np.uint8] | Photographs
     hashes: NDArray[np.uint64]
     names: list[str]
     groups: list[str | None]
@@ -77,7 +171,7 @@ def gather(
     exclude: frozenset[str] = frozenset(),
     advance: Callable[[int], None] = lambda _: None,
 ) -> TrainingData:
-    """Decode `source` into `folder`/pixels.npy, one row an image, reading nothing twice.
+    """Decode `source` into one file in `folder`, image by image, reading nothing twice.
 
     Args:
         source: images in order.
@@ -89,41 +183,43 @@ def gather(
     Raises:
         TrainingError: no readable image at all.
     """
-    path = folder / "pixels.npy"
-    shape = (len(source), spec.height, spec.width, spec.channels)
-    if not shape[0]:
+    if not len(source):
         raise TrainingError(f"{source.name} holds no images")
-    rows = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
     hashes: list[int] = []
     names: list[str] = []
     groups: list[str | None] = []
     labels: list[str | None] = []
     unreadable: list[str] = []
+    shapes: list[tuple[int, ...]] = []
     kept = (item for item in source if item_name(item) not in exclude)
-    for item, pixels in _decoded(kept, spec):
-        name = item_name(item)
-        if isinstance(pixels, ImageError):
-            unreadable.append(f"{name}: {pixels}")
-        else:
-            rows[len(names)] = pixels
-            hashes.append(content_hash(pixels))
-            names.append(name)
-            groups.append(item.group)
-            labels.append(item.label)
-        advance(1)
+    with _keeping(folder, spec, len(source)) as keep:
+        for item, pixels in _decoded(kept, spec):
+            name = item_name(item)
+            if isinstance(pixels, ImageError):
+                unreadable.append(f"{name}: {pixels}")
+            else:
+                keep(len(names), pixels)
+                hashes.append(content_hash(pixels))
+                names.append(name)
+                groups.append(item.group)
+                labels.append(item.label)
+                shapes.append(pixels.shape)
+            advance(1)
     if not names:
         raise TrainingError(
             f"no image of {source.name} could be used; the first says: {unreadable[0]}"
             if unreadable
             else f"--exclude leaves no image of {source.name}"
         )
-    rows.flush()
     known = {
         "hashes": hashes,
         "names": names,
         "groups": groups,
         "labels": labels,
         "unreadable": unreadable,
+        "photographs": {"shapes": shapes, "tile": [spec.height, spec.width], "shrink": spec.shrink}
+        if spec.tiled
+        else None,
     }
     (folder / "images.json").write_text(json.dumps(known), encoding="utf-8")
     return reopen(folder)
@@ -137,9 +233,16 @@ def reopen(folder: Path) -> TrainingData:
     """
     try:
         known = json.loads((folder / "images.json").read_text(encoding="utf-8"))
-        pixels = np.load(folder / "pixels.npy", mmap_mode="r", allow_pickle=False)
+        photographs = known.pop("photographs")
+        pixels: NDArray[np.uint8] | Photographs
+        if photographs is None:
+            rows = np.load(folder / PIXELS, mmap_mode="r", allow_pickle=False)
+            pixels = rows[: len(known["names"])]
+        else:
+            flat = np.memmap(folder / PHOTOGRAPHS, np.uint8, "r")
+            pixels = Photographs(flat, **photographs)
         return TrainingData(
-            pixels=pixels[: len(known["names"])],
+            pixels=pixels,
             hashes=np.array(known.pop("hashes"), dtype=np.uint64),
             **known,
         )
@@ -147,6 +250,27 @@ def reopen(folder: Path) -> TrainingData:
         raise TrainingError(
             f"the decoded images in {folder} are damaged ({error}); remove it and start again"
         ) from error
+
+
+@contextmanager
+def _keeping(
+    folder: Path, spec: ImageSpec, most: int
+) -> Iterator[Callable[[int, NDArray[np.uint8]], None]]:
+    """Yields what puts an image, given its row, into the file of all images."""
+    if spec.tiled:
+        with (folder / PHOTOGRAPHS).open("wb") as file:
+            yield lambda _, pixels: pixels.tofile(file)
+        return
+    shape = (most, spec.height, spec.width, spec.channels)
+    rows = np.lib.format.open_memmap(folder / PIXELS, mode="w+", dtype=np.uint8, shape=shape)
+    yield rows.__setitem__
+    rows.flush()
+
+
+def forget(folder: Path) -> None:
+    """Remove the decoded images: the user has the images themselves, and this copy is ours."""
+    for name in (PIXELS, PHOTOGRAPHS):
+        (folder / name).unlink(missing_ok=True)
 
 
 def _decoded(

@@ -16,14 +16,17 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from anomalyd.errors import TrainingError
 from anomalyd.train import checkpoint
+from anomalyd.train.data import crops, per_tile
 from anomalyd.train.muon import Muon
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
 
     from anomalyd.density.base import Model
+    from anomalyd.train.data import Photographs
     from anomalyd.train.settings import TrainSettings
     from anomalyd.train.splits import Splits
 
@@ -79,7 +82,7 @@ def pick_device(name: str) -> torch.device:
 
 def fit(
     model: Model,
-    pixels: NDArray[np.uint8],
+    pixels: NDArray[np.uint8] | Photographs,
     splits: Splits,
     settings: TrainSettings,
     folder: Path,
@@ -94,7 +97,7 @@ def fit(
 
     Args:
         model: trained in place.
-        pixels: uint8 (N, H, W, C).
+        pixels: uint8 (N, H, W, C), or photographs, which are read in random crops.
         splits: which rows train and which validate.
         settings: the [train] table.
         folder: where checkpoint.safetensors and history.csv live.
@@ -170,7 +173,7 @@ class _Run:
     def __init__(
         self,
         model: Model,
-        pixels: NDArray[np.uint8],
+        pixels: NDArray[np.uint8] | Photographs,
         labels: NDArray[np.int64] | None,
         splits: Splits,
         settings: TrainSettings,
@@ -178,9 +181,10 @@ class _Run:
         device: torch.device,
     ) -> None:
         self.model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.pixels, self.labels, self.rows = pixels, labels, splits.train
+        self.pixels, self.labels = pixels, labels
         self.settings, self.device = settings, device
-        self.validation = splits.validation[:VALIDATION_IMAGES]
+        self.rows = per_tile(pixels, splits.train)
+        self.validation = per_tile(pixels, splits.validation)[:VALIDATION_IMAGES]
         self.checkpoint, self.history = folder / "checkpoint.safetensors", folder / "history.csv"
         self.average = _averaged(model, settings.ema)
         self.best = AveragedModel(model).module
@@ -268,11 +272,13 @@ class _Run:
             self.epoch_order = (epoch, generator.permutation(self.rows))
         size = self.settings.batch_size
         rows = self.epoch_order[1][position * size : (position + 1) * size]
-        return self.rows_of(np.sort(rows))
+        return self.rows_of(np.sort(rows), [self.settings.seed, 0, step])
 
-    def rows_of(self, rows: NDArray[np.int64]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def rows_of(
+        self, rows: NDArray[np.int64], seed: Sequence[int]
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return images uint8 (N, H, W, C) and labels int64 (N,) on the device."""
-        images = torch.from_numpy(self.pixels[rows]).to(self.device)
+        images = torch.from_numpy(crops(self.pixels, rows, seed)).to(self.device)
         if self.labels is None:
             return images, None
         return images, torch.from_numpy(self.labels[rows]).to(self.device)
@@ -284,7 +290,10 @@ class _Run:
         averaged.eval()
         size = self.settings.batch_size * 2
         losses = [
-            averaged.losses(*self.rows_of(self.validation[start : start + size])).double().sum()
+            # Of photographs the same crops every time.
+            averaged.losses(*self.rows_of(self.validation[start : start + size], [0, 1, start]))
+            .double()
+            .sum()
             for start in range(0, len(self.validation), size)
         ]
         loss = math.fsum(value.item() for value in losses) / len(self.validation)

@@ -1,8 +1,7 @@
 """Recipes: a TOML file that says which density, on which images, trained how.
 
 model = "gated-pixelcnn"
-[image]      height, width, channels, levels, resize, on_mismatch   (what is not given is read
-                                                                     off the first image)
+[image]      anomalyd.images.ImageSpec; what is not given is read off the first image
 [density]    keyword arguments of the density's class
 [local]      of a PixelCNN beside it, and
 [vae]        of a variational autoencoder: companions, each where its table stands
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Recipe", "default_recipe", "read_recipe"]
 
-IMAGE_KEYS = ("height", "width", "channels", "levels", "resize", "on_mismatch")
+IMAGE_KEYS = ("height", "width", "channels", "levels", "resize", "on_mismatch", "shrink")
 TABLES = ("model", "image", "density", "local", "vae", "train")
 
 

@@ -11,9 +11,11 @@ from anomalyd.detect.conformal import images_needed
 from anomalyd.errors import TrainingError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from numpy.typing import NDArray
+
+    from anomalyd.train.data import Photographs
 
 __all__ = ["Splits", "near_duplicates", "split"]
 
@@ -116,23 +118,33 @@ def _units(hashes: NDArray[np.uint64], groups: Sequence[str | None]) -> NDArray[
     return np.unique(roots, return_inverse=True)[1].astype(np.int64)
 
 
-def near_duplicates(pixels: NDArray[np.uint8], splits: Splits, *, chunk: int = 4096) -> int:
+def near_duplicates(
+    pixels: NDArray[np.uint8] | Photographs, splits: Splits, *, chunk: int = 4096
+) -> int:
     """Count held-out images whose 8x8 thumbnail in 16 grey levels also occurs in training.
 
     A warning sign for --group, not a proof: thumbnails of unlike images can coincide.
 
     Args:
-        pixels: (N, H, W, C), memory-mapped or not.
+        pixels: (N, H, W, C), memory-mapped or not, or photographs.
         splits: row numbers.
-        chunk: images read at a time.
+        chunk: images read at a time; photographs are read one by one.
     """
 
+    def read(rows: NDArray[np.int64]) -> Iterator[NDArray[np.uint8]]:
+        if isinstance(pixels, np.ndarray):
+            yield from (
+                pixels[rows[start : start + chunk]] for start in range(0, len(rows), chunk)
+            )
+        else:
+            yield from (pixels[row][None] for row in rows.tolist())
+
     def thumbnails(rows: NDArray[np.int64]) -> set[bytes]:
-        found: set[bytes] = set()
-        for start in range(0, len(rows), chunk):
-            images = pixels[rows[start : start + chunk]].mean(axis=3)
-            found.update(row.tobytes() for row in _thumbnail(images))
-        return found
+        return {
+            thumbnail.tobytes()
+            for images in read(rows)
+            for thumbnail in _thumbnail(images.mean(axis=3))
+        }
 
     held_out = np.concatenate([splits.validation, splits.calibration])
     if splits.fit is not splits.validation:

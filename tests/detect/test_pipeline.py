@@ -141,3 +141,17 @@ def test_heatmap_of_a_flat_or_broken_map(value):
     rgb = np.full((4, 4, 3), 7, np.uint8)
     picture = decode(heatmap_png(rgb, np.full((4, 4), value, np.float32)), 3)
     assert (picture[0, 0] == 7).all()
+
+
+def test_a_large_image_lies_under_its_map():
+    """From 224 pixels on the picture has the image's size, is the image where the map is quiet."""
+    pixels = np.full((300, 230, 1), 90, np.uint8)
+    nll_map = np.zeros((300, 230), np.float32)
+    nll_map[270:280, 100:110] = 5
+    picture = decode(heatmap_png(pixels, nll_map), 3)
+    assert picture.shape == (300, 230, 3)
+    strange = np.zeros((300, 230), bool)
+    strange[270:280, 100:110] = True
+    assert (picture[~strange] == 90).all()
+    assert (picture[strange] == picture[275, 105]).all()
+    assert picture[275, 105, 0] > 200
