@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anomalyd.density.base import Autoregressive, ImageShape, Step
-from anomalyd.density.layers import ClassBias, CroppedConv, gate, per_class, position
+from anomalyd.density.layers import ClassBias, CroppedConv, gate, halves, position
 from anomalyd.density.likelihoods import likelihood
 from anomalyd.density.stepwise import PixelStep, RowStep
 
@@ -50,12 +50,15 @@ class GatedLayer(nn.Module):
         self.condition = ClassBias(classes, 2 * features) if classes else None
 
     def forward(self, v: Tensor, h: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Map v (N, F, H, W) and h (N, M or 1, F, H, W) likewise, h for each of M classes."""
-        above = self.vertical(v)
-        mixed = per_class(self.horizontal, h) + self.down(above).unsqueeze(1)
+        """Map v (N, F, H, W) and h (N * M, F, H, W) likewise, h for each of the M classes."""
+        above = halves(self.vertical.conv, self.vertical.padded(v))
+        seen = halves(self.down, *above)
         if self.condition is not None and labels is not None:
-            mixed = mixed + self.condition(labels)
-        return gate(above, 1), h + per_class(self.out, gate(mixed, 2))
+            terms = self.condition(labels).chunk(2, dim=2)
+            seen = [(a.unsqueeze(1) + b).flatten(0, 1) for a, b in zip(seen, terms, strict=True)]
+        left = halves(self.horizontal.conv, self.horizontal.padded(h))
+        mixed = (a + b for a, b in zip(left, seen, strict=True))
+        return gate(*above), h + self.out(gate(*mixed))
 
 
 class GatedPixelCNN(Autoregressive):
@@ -104,10 +107,11 @@ class GatedPixelCNN(Autoregressive):
         x = torch.cat([inputs, self.position.expand(inputs.shape[0], -1, -1, -1)], dim=1)
         # The first layer must not see the present pixel: both stacks start shifted by one.
         v = self.first_vertical(F.pad(x, (0, 0, 1, -1)))
-        h = self.first_horizontal(F.pad(x, (1, -1, 0, 0))).unsqueeze(1)
+        classes = 1 if labels is None else labels.shape[1]
+        h = self.first_horizontal(F.pad(x.repeat_interleave(classes, dim=0), (1, -1, 0, 0)))
         for layer in self.layers:
             v, h = layer(v, h, labels)
-        return h
+        return h.unflatten(0, (-1, classes))
 
     def one_by_one(self) -> tuple[Step, Step]:
         """Return the row's and the pixel's module of the cached sampler."""

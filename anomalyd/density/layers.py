@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anomalyd.density.base import ImageShape
 
-__all__ = ["ClassBias", "CroppedConv", "gate", "per_class", "position"]
+__all__ = ["ClassBias", "CroppedConv", "gate", "halves", "per_class", "position"]
 
 
 class CroppedConv(nn.Module):
@@ -42,7 +44,11 @@ class CroppedConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, inputs, H, W) to (N, outputs, H, W)."""
-        return self.conv(F.pad(x, self.padding))
+        return self.conv(self.padded(x))
+
+    def padded(self, x: Tensor) -> Tensor:
+        """Return the input with zeros around it, so that the convolution keeps its size."""
+        return F.pad(x, self.padding)
 
 
 class ClassBias(nn.Module):
@@ -58,9 +64,31 @@ class ClassBias(nn.Module):
         return self.of_class(labels)[..., None, None]
 
 
-def gate(x: Tensor, dim: int) -> Tensor:
-    """Return tanh(a) * sigmoid(b) for the two halves a, b of the channels."""
-    a, b = x.chunk(2, dim=dim)
+def halves(conv: nn.Conv2d, *parts: Tensor) -> list[Tensor]:
+    """Convolve an input given in equal parts of its channels; give the output in two halves.
+
+    Cutting it in two afterwards costs more: torch would go on with strided views, and onnxruntime
+    leaves its blocked layout to cut or to join channels.
+
+    Args:
+        conv: an unpadded convolution of stride 1.
+        parts: each (N, channels / number of parts, H, W).
+
+    Returns:
+        both halves of the output channels.
+    """
+    found = []
+    for weight, bias in zip(conv.weight.chunk(2), cast("Tensor", conv.bias).chunk(2), strict=True):
+        first, *others = weight.chunk(len(parts), dim=1)
+        half = F.conv2d(parts[0], first, bias, dilation=conv.dilation)
+        for part, other in zip(parts[1:], others, strict=True):
+            half = half + F.conv2d(part, other, dilation=conv.dilation)
+        found.append(half)
+    return found
+
+
+def gate(a: Tensor, b: Tensor) -> Tensor:
+    """Return tanh(a) * sigmoid(b)."""
     return torch.tanh(a) * torch.sigmoid(b)
 
 

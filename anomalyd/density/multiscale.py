@@ -56,10 +56,10 @@ class Base(nn.Module):
         x = torch.cat([inputs, self.position.expand(inputs.shape[0], -1, -1, -1)], dim=1)
         # The first layer must not see the present pixel: both stacks start shifted by one.
         v = self.first_vertical(F.pad(x, (0, 0, 1, -1)))
-        h = self.first_horizontal(F.pad(x, (1, -1, 0, 0))).unsqueeze(1)
+        h = self.first_horizontal(F.pad(x, (1, -1, 0, 0)))
         for layer in self.layers:
             v, h = layer(v, h, None)
-        return h[:, 0]
+        return h
 
 
 class Residual(nn.Module):

@@ -68,7 +68,7 @@ class RowStep(Step):
             kept.append(window[:, :, 1:])
             seen = _row(layer.vertical, window)
             links.append(layer.down(seen))
-            v = gate(seen, 1)
+            v = gate(*seen.chunk(2, dim=1))
         linked = torch.cat(links, dim=1)[:, :, 0].transpose(1, 2)
         return linked, _packed(kept)
 
@@ -128,7 +128,7 @@ class PixelStep(Step):
             mixed = layer.horizontal.conv(window) + link
             if layer.condition is not None and label is not None:
                 mixed = mixed + layer.condition(label.unsqueeze(1))[:, 0]
-            h = h + layer.out(gate(mixed, 1))
+            h = h + layer.out(gate(*mixed.chunk(2, dim=1)))
         inputs = density.centred(density.quantise(values[:, None, None]))
         return density.pixel.log_probs(h, inputs)[:, 0, 0], _packed(kept)
 

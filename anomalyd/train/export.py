@@ -168,6 +168,7 @@ def _exported(
                 opset_version=OPSET,
                 dynamo=True,
                 dynamic_shapes={name: {} if name == "place" else {0: images} for name in given},
+                custom_translation_table=_written_out(),
                 verbose=False,
             )
     except ModuleNotFoundError as error:
@@ -181,6 +182,23 @@ def _exported(
     _strip_traces(proto)
     _name_outputs(proto.graph, outputs)
     return bytes(proto.SerializeToString())
+
+
+def _written_out() -> dict[Any, Any]:
+    """Operators that onnxruntime computes several times as fast from their parts, on the CPU."""
+    from onnxscript import opset20 as op
+
+    def elu(x: Any, alpha: float = 1.0) -> Any:
+        below = op.Sub(op.Exp(op.Min(x, 0.0)), 1.0)
+        return op.Add(op.Max(x, 0.0), op.Mul(below, alpha))
+
+    def logsumexp(x: Any, dim: Any, keepdim: bool = False) -> Any:
+        top = op.ReduceMax(x, dim, keepdims=True)
+        total = op.Add(op.Log(op.ReduceSum(op.Exp(op.Sub(x, top)), dim, keepdims=True)), top)
+        return total if keepdim else op.Squeeze(total, dim)
+
+    aten = torch.ops.aten
+    return {aten.elu.default: elu, aten.logsumexp.default: logsumexp}
 
 
 def check_parity(

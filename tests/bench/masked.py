@@ -63,7 +63,7 @@ class MaskedLayer(nn.Module):
         mixed = self.horizontal(h) + self.down(above)
         if self.condition is not None and labels is not None:
             mixed = mixed + self.condition(labels)
-        return gate(above, 1), h + self.out(gate(mixed, 1))
+        return gate(*above.chunk(2, dim=1)), h + self.out(gate(*mixed.chunk(2, dim=1)))
 
 
 class FullSoftmax(Categorical):
