@@ -123,7 +123,7 @@ class FakeSession:
         self.floor = None
         self.ran = 0
 
-    def run(self, images, *, nll_map=False):
+    def run(self, images, *, nll_map=False, **_):
         assert self.open.wait(10)
         self.ran += len(images)
         if self.broken:
