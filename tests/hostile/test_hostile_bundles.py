@@ -603,7 +603,7 @@ class TestGraph:
             (lambda g: g.output.pop(), "has no outputs"),
             (
                 lambda g: g.output.append(value("score", ["N"])),
-                "at most ['embedding', 'excess_map', 'nll_map']",
+                "at most ['embedding', 'excess_map', ",
             ),
             (lambda g: g.input.append(value("mask", ["N"])), "must have the one input 'image'"),
             (lambda g: sized(g.output[0], 2), "nll_map must be float32 with shape (N, 4, 4)"),
