@@ -171,7 +171,8 @@ def write(
         test=test.images,
         accuracy=test.accuracy,
         init=init,
-        minutes_before=_minutes(init) if init else 0.0,
+        minutes_before=card.minutes_of(_card(init)) if init else 0.0,
+        history=card.history_of(_card(init)) if init and not trained.outcome.budget else None,
     )
     manifest = _manifest(trained, out.name, session, test, licence)
     if model.kind == "density":
@@ -207,8 +208,8 @@ def write(
         say(f"{out}: {trained.outcome.validation:.4f} {model.unit} on the validation split")
 
 
-def _minutes(bundle: str) -> float:
-    return card.minutes_of(bundles.read_bundle(bundle).read("CARD.md").decode())
+def _card(bundle: str) -> str:
+    return bundles.read_bundle(bundle).read("CARD.md").decode()
 
 
 def _calibrated(

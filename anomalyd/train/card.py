@@ -15,7 +15,10 @@ if TYPE_CHECKING:
     from anomalyd.detect.bundle import Manifest
     from anomalyd.train.report import Strange
 
-__all__ = ["Training", "minutes_of", "write_card", "write_plain_card"]
+__all__ = ["Training", "history_of", "minutes_of", "write_card", "write_plain_card"]
+
+
+HISTORY = "## How it was made"
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ class Training:
         parity: largest difference between torch and onnxruntime.
         test: images in the test split, 0 where there is none.
         accuracy: of a classifier on the test split.
+        history: of weights that were taken as they are, the section of their card that tells it.
     """
 
     model: str
@@ -57,6 +61,12 @@ class Training:
     accuracy: float | None = None
     init: str | None = None
     minutes_before: float = 0.0
+    history: str | None = None
+
+
+def history_of(card: str) -> str:
+    """Return the section of a card that says how its weights came about."""
+    return card[card.index(HISTORY) :]
 
 
 def minutes_of(card: str) -> float:
@@ -187,6 +197,8 @@ starts another model from them.
 
 
 def _history(manifest: Manifest, training: Training) -> str:
+    if training.history is not None:
+        return training.history
     counts = ", ".join(f"{name} {count:,}" for name, count in training.counts.items())
     options = " --labels" if training.labels else ""
     if training.group:
@@ -196,7 +208,7 @@ def _history(manifest: Manifest, training: Training) -> str:
         options += f" --init {training.init}"
         before = f" after {training.minutes_before:.1f} of the weights it started from"
         again = "One command repeats the last part; from nothing, leave out `--init` and `frozen`"
-    return f"""## How it was made
+    return f"""{HISTORY}
 
 | | |
 |---|---|

@@ -271,6 +271,8 @@ def _run(job: _Job, out: Path, folder: Path, *, device: str, resume: bool) -> in
         say(f"stopped at a checkpoint; go on with: anomalyd train {job.data} --out {out} --resume")
         raise
     epochs = round(outcome.budget / outcome.steps_per_epoch, 3)
+    if job.init and not outcome.budget:  # made anew: its weights were trained as they were
+        epochs = _recipe_of(Path(job.init)).train.epochs
     recipe = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, epochs=epochs))
     trained = Trained(model, recipe, spec, images, splits, classes, labels, outcome)
     write(

@@ -19,6 +19,7 @@ from anomalyd.detect.runtime import Session
 from anomalyd.errors import ExportError, TrainingError, UsageError
 from anomalyd.sources import open_source
 from anomalyd.train import checkpoint
+from anomalyd.train.card import history_of
 from anomalyd.train.commands import export, train
 from anomalyd.train.export import check_parity, to_onnx
 from anomalyd.train.loop import fit
@@ -175,6 +176,9 @@ def test_no_epochs_make_the_bundle_anew(bundle, fixture_data, tmp_path):
 
     assert again.read("weights.safetensors") == before.read("weights.safetensors")
     np.testing.assert_allclose(again.calibration.scores, before.calibration.scores, rtol=1e-4)
+    assert again.read("recipe.toml") == before.read("recipe.toml")
+    cards = [history_of(each.read("CARD.md").decode()) for each in (again, before)]
+    assert cards[0] == cards[1]
 
 
 def killed_run(command: list[str], checkpoint_file: Path, environment: dict[str, str]) -> None:
