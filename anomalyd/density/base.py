@@ -6,12 +6,15 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from anomalyd.density.jitter import jittered
 from anomalyd.density.summary import deviation, excess, excess_map, largest_patch, total
 
 __all__ = [
     "Autoregressive",
+    "Bayes",
     "Density",
     "ImageShape",
     "Model",
@@ -116,16 +119,37 @@ class Model(nn.Module):
         return scaled.permute(0, 3, 1, 2)
 
 
+class Bayes(NamedTuple):
+    """How training weighs p(y|x) by Bayes' rule beside p(x|y).
+
+    A good density classifies badly, for a class is worth a few nats of the thousand that an image
+    has. The weight buys accuracy for likelihood.
+
+    Attributes:
+        weight: w of -log p(y|x), both in nats.
+        shift: pixels by which the images of that term are moved at random, at most, and
+        mirror: whether every other one is mirrored; the density never sees these.
+        log_priors: log p(y) of each class; None where they are equal.
+    """
+
+    weight: float
+    shift: int = 0
+    mirror: bool = False
+    log_priors: tuple[float, ...] | None = None
+
+
 class Density(Model):
     """p(x), or p(x|y) for each of K classes: an exact log-likelihood, or a bound that says so.
 
     Attributes:
         likelihood: `exact`, `elbo` or `iwae-K`: what the log-likelihood is.
         latent: dimensions of the Gaussian noise that a sample starts from; 0 without.
+        bayes: how training weighs the posterior; None leaves it to the likelihood alone.
     """
 
     likelihood: str = "exact"
     latent: int = 0
+    bayes: Bayes | None = None
 
     def forward(self, images: Tensor) -> Scores:
         """Score `images`, uint8 (N, H, W, C), in one pass, under every class."""
@@ -137,8 +161,24 @@ class Density(Model):
         return log_likelihood if self.classes else log_likelihood[:, 0]
 
     def loss(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Return the mean of -log p(x), or of -log p(x|y), in bits per dimension."""
-        return self.losses(images, labels).mean()
+        """Return the mean of -log p(x), or of -log p(x|y) - w log p(y|x), in bits per dimension.
+
+        References:
+            Hybrids of Generative and Discriminative Methods for Machine Learning (Lasserre,
+            Bishop, Minka, 2006).
+        """
+        own = self.losses(images, labels).mean()
+        if labels is None or self.bayes is None:
+            return own
+        moved = jittered(images, self.bayes.shift, mirror=self.bayes.mirror)
+        joint = self.class_evidence(moved).float()
+        if self.bayes.log_priors is not None:
+            joint = joint + torch.tensor(self.bayes.log_priors, device=joint.device)
+        return own + self.bits_per_dim(-self.bayes.weight * F.cross_entropy(joint, labels))
+
+    def class_evidence(self, images: Tensor) -> Tensor:
+        """Return log p(x|y), up to a term that all classes share, in nats: (N, K)."""
+        return self.log_prob(images)
 
     def losses(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
         """Return -log p(x), or -log p(x|y), of each image in bits per dimension: (N,)."""

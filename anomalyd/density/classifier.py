@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from anomalyd.density.base import ImageShape, Model
 from anomalyd.density.encoder import Encoder
+from anomalyd.density.jitter import jittered
 
 __all__ = ["Classified", "Classifier"]
 
@@ -42,6 +43,7 @@ class Classifier(Model):
         classes: K, at least 2.
         features: channels at half the resolution, doubled at a quarter.
         latent: dimensions of the encoder's code.
+        blocks: residual blocks of the encoder at either resolution.
         hidden: dimensions E of e(x).
         dropout: share of the features, and of e(x), that a training step drops.
         shift: pixels by which training moves an image, at most, either way.
@@ -64,6 +66,7 @@ class Classifier(Model):
         *,
         features: int = 16,
         latent: int = 32,
+        blocks: int = 0,
         hidden: int = 128,
         dropout: float = 0.3,
         shift: int = 1,
@@ -76,7 +79,7 @@ class Classifier(Model):
                 "of several classes"
             )
         self.dropout, self.shift, self.mirror = dropout, shift, mirror
-        self.encoder = Encoder(shape, features, latent)
+        self.encoder = Encoder(shape, features, latent, blocks)
         size = self.encoder.size + latent
         self.norm = nn.LayerNorm(size)
         self.hidden = nn.Linear(size, hidden)
@@ -96,7 +99,9 @@ class Classifier(Model):
 
     def loss(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
         """Return the mean cross-entropy in nats, of images shifted and mirrored at random."""
-        return self.losses(self._augmented(images) if self.training else images, labels).mean()
+        if self.training:
+            images = jittered(images, self.shift, mirror=self.mirror)
+        return self.losses(images, labels).mean()
 
     def losses(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
         """Return -log p(y|x) of each image in nats: (N,).
@@ -114,16 +119,3 @@ class Classifier(Model):
         x = F.dropout(self.norm(x), self.dropout, self.training)
         embedding = F.relu(self.hidden(x))
         return embedding, self.out(F.dropout(embedding, self.dropout, self.training))
-
-    def _augmented(self, images: Tensor) -> Tensor:
-        """Move each image by up to `shift` pixels, its edge repeated, and mirror half of them."""
-        n, height, width, _ = images.shape
-        device = images.device
-        by = torch.randint(-self.shift, self.shift + 1, (2, n, 1), device=device)
-        rows = (torch.arange(height, device=device) + by[0]).clamp(0, height - 1)
-        columns = (torch.arange(width, device=device) + by[1]).clamp(0, width - 1)
-        if self.mirror:
-            turned = torch.rand(n, 1, device=device) < 0.5
-            columns = torch.where(turned, width - 1 - columns, columns)
-        every = torch.arange(n, device=device)[:, None, None]
-        return images[every, rows[:, :, None], columns[:, None]]

@@ -19,6 +19,26 @@ CODE = 32
 """Default dimensions of a code."""
 
 
+class Block(nn.Module):
+    """x + W_2 relu(W_1 relu(x)), 3x3 convolutions that keep the size.
+
+    References:
+        Identity Mappings in Deep Residual Networks (He, Zhang, Ren, Sun, 2016).
+
+    Args:
+        features: channels.
+    """
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(features, features, 3, padding=1)
+        self.second = nn.Conv2d(features, features, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (N, F, H, W) likewise."""
+        return x + self.second(F.relu(self.first(F.relu(x))))
+
+
 class Encoder(nn.Module):
     """Three convolutions, two of which halve the image, and a linear layer.
 
@@ -26,12 +46,13 @@ class Encoder(nn.Module):
         shape: the image shape, at least 4x4.
         features: channels at half the resolution, doubled at a quarter.
         latent: dimensions Z of the code.
+        blocks: residual blocks at either resolution.
 
     Raises:
         ValueError: a smaller image.
     """
 
-    def __init__(self, shape: ImageShape, features: int, latent: int) -> None:
+    def __init__(self, shape: ImageShape, features: int, latent: int, blocks: int = 0) -> None:
         super().__init__()
         if min(shape.height, shape.width) < 4:
             raise ValueError(
@@ -44,14 +65,19 @@ class Encoder(nn.Module):
                 nn.Conv2d(2 * features, 2 * features, 3, padding=1),
             ]
         )
+        self.blocks = nn.ModuleList(
+            nn.Sequential(*(Block(size) for _ in range(blocks)))
+            for size in (features, 2 * features)
+        )
         self.size = 2 * features * (shape.height // 4) * (shape.width // 4)
         self.code = nn.Linear(self.size, latent)
 
     def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Map (N, C, H, W) in [-1, 1] to features (N, D) and the code (N, Z)."""
-        x = inputs
-        for conv in self.convs:
-            x = F.relu(conv(x))
+        half, quarter, last = self.convs
+        x = self.blocks[0](F.relu(half(inputs)))
+        x = self.blocks[1](F.relu(quarter(F.relu(x))))
+        x = F.relu(last(F.relu(x)))
         features = x.flatten(1)
         return features, self.code(features)
 

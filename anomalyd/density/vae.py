@@ -31,6 +31,7 @@ class VAE(Variational):
         classes: K for p(x|y), 0 for p(x).
         features: channels at half the resolution, doubled at a quarter.
         latent: dimensions Z of z.
+        blocks: residual blocks of the encoder at either resolution.
         outputs: channels at full resolution, which the distribution of a pixel reads.
         pixel: the distribution of one pixel, a name in `likelihoods`.
         components: logistics in the mixture, where that is chosen.
@@ -48,6 +49,7 @@ class VAE(Variational):
         *,
         features: int = 16,
         latent: int = 32,
+        blocks: int = 0,
         outputs: int = 8,
         pixel: str = "logistic-mixture",
         components: int = 3,
@@ -55,7 +57,7 @@ class VAE(Variational):
         samples: int = 1,
     ) -> None:
         super().__init__(shape, classes, (latent,), bound, samples)
-        self.encoder = Encoder(shape, features, latent)
+        self.encoder = Encoder(shape, features, latent, blocks)
         self.log_sigma = nn.Linear(self.encoder.size, latent)
         self.decoder = Decoder(shape, features, latent, outputs)
         self.pixel = likelihood(pixel, shape, outputs, components)
@@ -68,11 +70,21 @@ class VAE(Variational):
 
     def infer(self, inputs: Tensor, noise: Tensor) -> tuple[Tensor, list[Layer]]:
         """Draw z of each image."""
-        features, mu = self.encoder(inputs)
-        log_sigma = bounded(self.log_sigma(features))
-        q = Gaussian(mu[None, :, None], log_sigma[None, :, None])
+        q = self._code(inputs)
         context = self.decoder(q.at(noise).flatten(0, 2))
         return context, [Layer(q, self._prior(self.prior), noise)]
+
+    def class_evidence(self, images: Tensor) -> Tensor:
+        """Return -KL(q(z|x) || p(z|y)) of each class, without decoding: (N, K)."""
+        q = self._code(self.centred(self.quantise(images)))
+        divergence: Tensor = Layer(q, self._prior(self.prior), self.noise[:1, None, None]).kl()
+        return -divergence[0]
+
+    def _code(self, inputs: Tensor) -> Gaussian:
+        """Return q(z|x), (1, N, 1, Z)."""
+        features, mu = self.encoder(inputs)
+        log_sigma = bounded(self.log_sigma(features))
+        return Gaussian(mu[None, :, None], log_sigma[None, :, None])
 
     def generate(self, noise: Tensor, labels: Tensor | None = None) -> Tensor:
         """Decode a z drawn from the prior, that of the class where there are any."""

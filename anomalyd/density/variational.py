@@ -139,14 +139,16 @@ class Variational(Density):
             embedding=mu,
         )
 
-    def loss(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Return the negative bound under fresh noise, for the labelled class, in bits/dim."""
-        samples = len(self.noise) if self.bound == "iwae" else 1
-        noise = torch.randn(samples, len(images), 1, self.latent, device=images.device)
+    def losses(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Return the negative bound of each image in bits/dim; in training under fresh noise."""
+        noise = self.noise[:, None, None]
+        if self.training:
+            samples = len(self.noise) if self.bound == "iwae" else 1
+            noise = torch.randn(samples, len(images), 1, self.latent, device=images.device)
         log_p = self.bounds(images, noise)
         if self.classes and labels is not None:
             log_p = log_p.gather(1, labels.unsqueeze(1))
-        return self.bits_per_dim(log_p).mean().float()
+        return self.bits_per_dim(log_p)[:, 0].float()
 
     def bounds(self, images: Tensor, noise: Tensor) -> Tensor:
         """Return the bound under the given noise, (S, N or 1, 1, latent): (N, K or 1) float64."""

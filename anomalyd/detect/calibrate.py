@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from anomalyd.detect import conformal
 from anomalyd.detect.bundle import Calibration, Guarantee, pack_calibration, write_bundle
 from anomalyd.detect.detector import Detector
 from anomalyd.detect.pipeline import Collected, collect
+from anomalyd.detect.ranks import class_score, enough_to_fit, ranks, ranks_by_class
 from anomalyd.errors import CalibrationError, SourceError, UsageError
 
 if TYPE_CHECKING:
@@ -73,7 +74,8 @@ def calibrate(
         progress: called with the number of images done.
 
     Raises:
-        CalibrationError: too few images are left.
+        CalibrationError: too few images are left, or, where verdicts have labels, none of a
+            class, an image without a class or of a class that the bundle does not know.
         SourceError: not one image can be read.
         BundleError: the bundle is broken or cannot be written.
         UsageError: a confidence outside (0, 1), a refit of a bundle that has a texture.
@@ -106,12 +108,12 @@ def calibrate(
     judge = Detector(dataclasses.replace(detector.bundle, calibration=old), detector.session)
     calibration = dataclasses.replace(
         old,
-        scores=np.sort(judge.scores(new.raw)),
-        p_table=conformal.p_table(n, confidence),
+        **_ranks(judge, new, confidence),
         calibration_hashes=np.sort(new.hashes),
         tiles=None if new.raw.tiles is None else np.sort(new.raw.tiles),
     )
-    alpha = conformal.default_alpha(n, confidence)
+    fewest = n if calibration.class_counts is None else int(calibration.class_counts.min())
+    alpha = conformal.default_alpha(fewest, confidence)
     _write(detector, calibration, alpha, confidence)
     return Calibrated(
         n=n,
@@ -120,7 +122,7 @@ def calibrate(
         repeated=n - len(np.unique(new.hashes)),
         unreadable=[(name, str(error)) for name, error in collected.errors],
         default_alpha=alpha,
-        smallest_alpha=conformal.smallest_alpha(n, confidence),
+        smallest_alpha=conformal.smallest_alpha(fewest, confidence),
         confidence=confidence,
     )
 
@@ -153,13 +155,45 @@ def _refit(detector: Detector, new: Collected) -> tuple[Collected, Calibration]:
             f"--refit leaves {len(fit)} images to fit and {len(rest)} to calibrate, and {FEWEST} "
             "each are needed; give more images, or more groups, or calibrate without --refit"
         )
-    old = detector.calibration
+    old, raw = detector.calibration, fit.raw
+    known: tuple[NDArray[np.float64], NDArray[np.int64]] | tuple[()] = ()
+    if detector.labels:
+        known = (raw.log_likelihood, _classes(detector, fit))
+        enough_to_fit(known[1], detector.classes)
     calibration = dataclasses.replace(
         old,
-        **Calibration.by_nll(detector.nll(fit.raw), fit.raw.statistics),
+        **Calibration.by_nll(detector.nll(raw), raw.statistics, *known),
         training_hashes=np.union1d(old.training_hashes, fit.hashes),
     )
     return rest, calibration
+
+
+def _ranks(detector: Detector, new: Collected, confidence: float | None) -> dict[str, Any]:
+    if not detector.labels:
+        return ranks(detector.scores(new.raw), confidence)
+    manifest = detector.manifest
+    return ranks_by_class(
+        class_score(detector.calibration, manifest.priors),
+        new.raw,
+        _classes(detector, new),
+        classes=detector.classes,
+        priors=manifest.priors,
+        temperature=cast("float", manifest.temperature),
+        confidence=confidence,
+    )
+
+
+def _classes(detector: Detector, images: Collected) -> NDArray[np.int64]:
+    """The place of each image's class among the bundle's."""
+    places = {name: place for place, name in enumerate(detector.classes)}
+    for name, label in zip(images.names, images.labels, strict=True):
+        if label not in places:
+            what = "has no label" if label is None else f"is labelled {label!r}"
+            raise CalibrationError(
+                f"{name} {what}, and bundle {detector.path} is calibrated class by class; its "
+                f"classes are {', '.join(detector.classes)}"
+            )
+    return np.array([places[str(label)] for label in images.labels], np.int64)
 
 
 def _write(

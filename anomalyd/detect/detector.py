@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, cast, overload
 
 import numpy as np
 
-from anomalyd.detect import conformal, tiling
+from anomalyd.detect import bayes, conformal, tiling
+from anomalyd.detect.bayes import Labelling
 from anomalyd.detect.bundle import Bundle, Calibration, Manifest, read_bundle
 from anomalyd.detect.golden import open_session
+from anomalyd.detect.ranks import class_score
 from anomalyd.detect.runtime import Raw, Session
-from anomalyd.detect.statistics import finite, make_score, negative_log_likelihood
+from anomalyd.detect.statistics import BY_CLASS, finite, make_score, negative_log_likelihood
 from anomalyd.detect.texture import Texture
-from anomalyd.errors import BundleError
+from anomalyd.errors import AlphaUnreachable, BundleError, UsageError
 from anomalyd.images import ImageSpec, to_pixels
 
 if TYPE_CHECKING:
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
     Image = str | Path | bytes | memoryview | NDArray[np.uint8]
 
 __all__ = ["Detector", "Judged", "Verdict"]
+
+DEFAULT = Labelling()
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,12 +87,14 @@ class Judged:
         score: float64 (N,), higher is stranger.
         p_value: float64 (N,), in (0, 1].
         outlier: bool (N,).
+        labelled: what Bayes' rule says of them; None where verdicts have no labels.
     """
 
     bits_per_dim: NDArray[np.float64]
     score: NDArray[np.float64]
     p_value: NDArray[np.float64]
     outlier: NDArray[np.bool_]
+    labelled: bayes.Labelled | None = None
 
 
 class Detector:
@@ -114,6 +120,8 @@ class Detector:
         try:
             if self.spec.tiled:
                 self.texture = Texture.unpack(bundle.read("texture.npz"))
+            elif self.labels:
+                self._class_score = class_score(bundle.calibration, bundle.manifest.priors)
             else:
                 self._score = make_score(bundle.manifest.score_name, bundle.calibration.fit)
         except BundleError as error:
@@ -152,6 +160,22 @@ class Detector:
         return cls(bundle, open_session(bundle, device=device, threads=threads))
 
     @property
+    def labels(self) -> bool:
+        """Whether verdicts have a label: the bundle rejects what fits no class."""
+        return self.manifest.score_name == BY_CLASS
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of the classes; none without."""
+        return self.manifest.classes or []
+
+    @property
+    def calibrated_on(self) -> int:
+        """The calibration images that the smallest p-value rests on: those of the rarest class."""
+        counts = self.calibration.class_counts
+        return self.manifest.calibration_n if counts is None else int(counts.min())
+
+    @property
     def confidence(self) -> float | None:
         """The confidence of the guarantee; None for the marginal one."""
         return self.manifest.guarantee["confidence"]
@@ -162,13 +186,13 @@ class Detector:
         return self.spec.height * self.spec.width * self.spec.channels
 
     @overload  # bytes and arrays are iterables, too, and the first signature that fits is taken
-    def score(  # type: ignore[overload-overlap]
-        self, images: Image, *, alpha: float | None = None
-    ) -> Verdict: ...
+    def score(self, images: Image, *, alpha: float | None = None, **labelling: Any) -> Verdict: ...
     @overload
-    def score(self, images: Iterable[Image], *, alpha: float | None = None) -> list[Verdict]: ...
     def score(
-        self, images: Image | Iterable[Image], *, alpha: float | None = None
+        self, images: Iterable[Image], *, alpha: float | None = None, **labelling: Any
+    ) -> list[Verdict]: ...
+    def score(
+        self, images: Image | Iterable[Image], *, alpha: float | None = None, **labelling: Any
     ) -> Verdict | list[Verdict]:
         """Judge one image or many.
 
@@ -176,6 +200,7 @@ class Detector:
             images: a path, encoded bytes or uint8 pixels (H, W[, C]), or an iterable of these
                 (an array (N, H, W, C) among them), which is read as it is needed.
             alpha: rate of false alarms; None takes the bundle's default.
+            labelling: `label_alpha`, `reject_cost` and `priors`, as `labelling()` takes them.
 
         Returns:
             one verdict for one image, a list for an iterable.
@@ -184,14 +209,15 @@ class Detector:
             ImageError: an image that cannot be read; the subclass says in which way.
             AlphaUnreachable: an alpha that the calibration set is too small for.
         """
-        level = self.alpha(alpha)
+        level, asked = self.alpha(alpha), self.labelling(**labelling)
         if isinstance(images, str | Path | bytes | bytearray | memoryview) or (
             isinstance(images, np.ndarray) and images.ndim <= 3
         ):
-            return self.judge(self.run([self._pixels(images)]), level)[0]
+            return self.judge(self.run([self._pixels(images)]), level, asked)[0]
         verdicts: list[Verdict] = []
         for batch in _batches(images, 1 if self.spec.tiled else self.session.batch):
-            verdicts += self.judge(self.run([self._pixels(image) for image in batch]), level)
+            raw = self.run([self._pixels(image) for image in batch])
+            verdicts += self.judge(raw, level, asked)
         return verdicts
 
     def run(self, images: Sequence[NDArray[np.uint8]], *, nll_map: bool = False) -> Raw:
@@ -207,27 +233,99 @@ class Detector:
         """
         if asked is None:
             return self.manifest.default_alpha
-        return conformal.check_alpha(asked, self.manifest.calibration_n, self.confidence)
+        try:
+            return conformal.check_alpha(asked, self.calibrated_on, self.confidence)
+        except AlphaUnreachable as error:
+            counts = self.calibration.class_counts
+            if counts is None:
+                raise
+            raise AlphaUnreachable(
+                f"class {self.classes[int(counts.argmin())]}: {error}"
+            ) from None
 
-    def columns(self, raw: Raw, alpha: float) -> Judged:
+    def labelling(
+        self,
+        label_alpha: float | None = None,
+        reject_cost: float | None = None,
+        priors: Mapping[str, float] | None = None,
+    ) -> Labelling:
+        """What is asked of labels, held against the bundle; None takes the default.
+
+        Raises:
+            UsageError: the bundle's verdicts have no labels, a value out of range, priors of
+                other classes or of another sum than 1.
+        """
+        given = {"label-alpha": label_alpha, "reject-cost": reject_cost, "prior": priors or None}
+        if not self.labels:
+            for name, value in given.items():
+                if value is not None:
+                    raise UsageError(
+                        f"--{name}: bundle {self.path} gives no labels; train one with --labels"
+                    )
+        return Labelling(
+            bayes.DEFAULT_LABEL_ALPHA if label_alpha is None else label_alpha,
+            reject_cost,
+            bayes.check_priors(priors, self.classes) if priors else None,
+        )
+
+    def columns(self, raw: Raw, alpha: float, asked: Labelling = DEFAULT) -> Judged:
         """The verdicts on N images as arrays."""
-        nll = self.nll(raw)
-        score = self.scores(raw)
-        p_value = conformal.p_values(score, self.calibration.scores, self.calibration.p_table)
-        bits_per_dim = nll / (self.dimensions * math.log(2))
-        return Judged(bits_per_dim, score, p_value, p_value <= alpha)
+        bits_per_dim = self.nll(raw) / (self.dimensions * math.log(2))
+        calibration = self.calibration
+        if not self.labels:
+            score = self.scores(raw)
+            p_value = conformal.p_values(score, calibration.scores, calibration.p_table)
+            return Judged(bits_per_dim, score, p_value, p_value <= alpha)
+        by_class = self._class_score(raw.log_likelihood, raw.statistics)
+        tables = zip(by_class.T, calibration.per_class(), strict=True)
+        # Normal is what fits a class: then none of its own images is rejected more than alpha.
+        p_value = np.max([conformal.p_values(s, *table) for s, table in tables], axis=0)
+        novel = p_value <= alpha
+        labelled = bayes.label(
+            raw.log_likelihood,
+            novel,
+            asked,
+            priors=self.manifest.priors,
+            temperature=cast("float", self.manifest.temperature),
+            label_scores=cast("NDArray[np.float64]", calibration.label_scores),
+        )
+        return Judged(bits_per_dim, by_class.min(axis=1), p_value, novel, labelled)
 
-    def judge(self, raw: Raw, alpha: float) -> list[Verdict]:
+    def judge(self, raw: Raw, alpha: float, asked: Labelling = DEFAULT) -> list[Verdict]:
         """The verdict on each of N images, by raw scores and an alpha from `alpha()`."""
-        judged = self.columns(raw, alpha)
+        judged = self.columns(raw, alpha, asked)
         likelihood, name = self.manifest.likelihood, self.manifest.score_name
         return [
-            Verdict(bits, likelihood, score, name, p_value, alpha, outlier)
-            for bits, score, p_value, outlier in zip(
+            Verdict(bits, likelihood, score, name, p_value, alpha, outlier, **said)
+            for bits, score, p_value, outlier, said in zip(
                 judged.bits_per_dim.tolist(),
                 judged.score.tolist(),
                 judged.p_value.tolist(),
                 judged.outlier.tolist(),
+                self.said(judged),
+                strict=True,
+            )
+        ]
+
+    def said(self, judged: Judged) -> list[dict[str, Any]]:
+        """The fields of each verdict that labels add: label, posterior, rejected and reason."""
+        labelled = judged.labelled
+        if labelled is None:
+            return [{}] * len(judged.score)
+        names = self.classes
+        reasons = np.where(labelled.novel, bayes.NOVEL, bayes.AMBIGUOUS).tolist()
+        return [
+            {
+                "label": None if rejected else names[place],
+                "posterior": dict(zip(names, posterior, strict=True)),
+                "rejected": rejected,
+                "reason": reason if rejected else None,
+            }
+            for place, posterior, rejected, reason in zip(
+                labelled.label.tolist(),
+                labelled.posterior.tolist(),
+                labelled.rejected.tolist(),
+                reasons,
                 strict=True,
             )
         ]
@@ -260,6 +358,11 @@ class Detector:
         """What verdicts rest on: float64 (N,), finite, higher is stranger."""
         if raw.texture is not None:
             return finite(raw.texture)
+        if self.labels:
+            least: NDArray[np.float64] = self._class_score(raw.log_likelihood, raw.statistics).min(
+                axis=1
+            )
+            return least
         return self._score(self.nll(raw), raw.statistics)
 
     def explain(self, raw: Raw, row: int) -> dict[str, dict[str, Any]]:

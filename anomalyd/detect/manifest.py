@@ -14,6 +14,7 @@ from typing import Any, Literal, NoReturn, TypedDict
 import msgspec
 import numpy as np
 
+from anomalyd.detect.statistics import BY_CLASS
 from anomalyd.errors import AnomalydError, BundleError
 from anomalyd.images import ImageSpec
 
@@ -98,6 +99,8 @@ class Manifest:
         files: SHA-256 and size of every other file; filled in by `write_bundle`.
         data_digest: identifies the training data.
         licence: licence of the weights, and of the data where it matters.
+        temperature: of the posterior by Bayes' rule, above 0; None, and no key, where verdicts
+            have no labels.
     """
 
     format_version: int
@@ -122,6 +125,7 @@ class Manifest:
     files: dict[str, FileEntry]
     data_digest: str
     licence: str
+    temperature: float | None = None
 
 
 def parse_manifest(data: bytes) -> Manifest:
@@ -156,6 +160,8 @@ def parse_manifest(data: bytes) -> Manifest:
 def dump_manifest(manifest: Manifest) -> bytes:
     """Bytes of `manifest.json`: UTF-8, sorted keys, two spaces, final newline."""
     plain = msgspec.to_builtins(manifest, enc_hook=_number)
+    if manifest.temperature is None:
+        del plain["temperature"]
     text = json.dumps(plain, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False)
     return f"{text}\n".encode()
 
@@ -228,6 +234,13 @@ def _density_rules(m: Manifest) -> Iterator[tuple[str, Any, bool, str]]:
         maps = ("nll_map", "excess_map")
         yield "outputs", list(m.outputs), m.outputs.keys() >= {*maps}, f"at least {_listed(maps)}"
     yield "calibration_n", m.calibration_n, m.calibration_n >= 1, "at least 1"
+    if score == BY_CLASS:
+        yield "classes", m.classes, len(m.classes or ()) > 1, f"two or more for {BY_CLASS}"
+        yield "priors", m.priors, m.priors is not None, f"given for {BY_CLASS}"
+        fine = m.temperature is not None and 0 < m.temperature < math.inf
+        yield "temperature", m.temperature, fine, f"above 0 for {BY_CLASS}"
+    else:
+        yield "temperature", m.temperature, m.temperature is None, f"absent without {BY_CLASS}"
 
 
 def _other_rules(m: Manifest) -> Iterator[tuple[str, Any, bool, str]]:
@@ -236,6 +249,7 @@ def _other_rules(m: Manifest) -> Iterator[tuple[str, Any, bool, str]]:
     yield "likelihood", m.likelihood, m.likelihood == "none", f"none {where}"
     yield "score_name", m.score_name, m.score_name == "none", f"none {where}"
     yield "calibration_n", m.calibration_n, m.calibration_n == 0, f"0 {where}"
+    yield "temperature", m.temperature, m.temperature is None, f"absent {where}"
     promise = m.guarantee["kind"]
     yield "guarantee.kind", promise, promise == "marginal", f"marginal {where}"
     for split, bits in m.bits_per_dim.items():

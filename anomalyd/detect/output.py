@@ -41,7 +41,8 @@ Row = dict[str, Any]
 FORMATS = ("table", "jsonl", "csv")
 FILES = {".parquet": "parquet", ".jsonl": "jsonl", ".csv": "csv"}
 VERDICT = ("bits_per_dim", "likelihood", "score", "score_name", "p_value", "alpha", "outlier")
-TEXTS = ("source", "label", "likelihood", "score_name", "explain", "error")
+LABELS = ("label", "posterior", "rejected", "reason")
+TEXTS = ("source", "label", "likelihood", "score_name", "posterior", "reason", "explain", "error")
 ROWS_AT_A_TIME = 4096
 
 _encoder = msgspec.json.Encoder(enc_hook=np.ndarray.tolist)
@@ -54,10 +55,11 @@ class Writer(Protocol):
     def close(self) -> None: ...
 
 
-def columns(*, fdr: bool = False, explain: bool = False) -> tuple[str, ...]:
+def columns(*, fdr: bool = False, labels: bool = False, explain: bool = False) -> tuple[str, ...]:
     """The columns of a table of rows, in order."""
-    optional = [name for name, on in (("q_value", fdr), ("explain", explain)) if on]
-    return ("source", "index", *VERDICT, *optional, "error")
+    optional = [("q_value",) if fdr else (), LABELS if labels else ()]
+    optional.append(("explain",) if explain else ())
+    return ("source", "index", *VERDICT, *(name for part in optional for name in part), "error")
 
 
 def file_format(path: Path) -> str:
@@ -259,7 +261,7 @@ class _Parquet:
         import pyarrow.parquet as pq
 
         types = {name: pa.string() for name in TEXTS}
-        types |= {"index": pa.int64(), "outlier": pa.bool_()}
+        types |= {"index": pa.int64(), "outlier": pa.bool_(), "rejected": pa.bool_()}
         if features:
             types["embedding"] = pa.list_(pa.float32(), features)
         self._table = pa.Table
@@ -277,7 +279,8 @@ class _Parquet:
 class _Table:
     """Columns of fixed width, so that a million rows stream as well as ten."""
 
-    HEAD = f"{'p-value':>10}  {'verdict':<10}{'score':>10}  {'bits/dim':>9}  image\n"
+    WIDTH = 12
+    HEAD = f"{'p-value':>10}  {'verdict':<{WIDTH}}{'score':>10}  {'bits/dim':>9}  image\n"
 
     def __init__(self, stream: IO[bytes]) -> None:
         self._stream = stream
@@ -294,9 +297,10 @@ class _Table:
         index = row["index"]
         name = row["source"] if index is None else f"{row['source']}#{index}"
         if "error" in row:
-            verdict = self._style(f"{'unreadable':<10}", "yellow")
+            verdict = self._style(f"{'unreadable':<{self.WIDTH}}", "yellow")
             return f"{'-':>10}  {verdict}{'-':>10}  {'-':>9}  {name}: {row['error']}\n"
-        verdict = f"{'OUTLIER' if row['outlier'] else 'normal':<10}"
+        said = "OUTLIER" if row["outlier"] else row.get("label") or row.get("reason") or "normal"
+        verdict = f"{said[: self.WIDTH - 1]:<{self.WIDTH}}"
         if row["outlier"]:
             verdict = self._style(verdict, "red")
         numbers = f"{row['score']:>10.5g}  {row['bits_per_dim']:>9.4g}"
@@ -311,10 +315,9 @@ class _Table:
 
 
 def _flat(row: Row) -> Row:
-    """`explain` as text: it has as many keys as the bundle has statistics."""
-    if "explain" not in row:
-        return row
-    return row | {"explain": _encoder.encode(row["explain"]).decode()}
+    """What has as many keys as the bundle has statistics or classes, as text."""
+    nested = {name: row[name] for name in ("explain", "posterior") if name in row}
+    return row | {name: _encoder.encode(value).decode() for name, value in nested.items()}
 
 
 @contextmanager

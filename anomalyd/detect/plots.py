@@ -135,7 +135,7 @@ def roc_plot(result: Evaluated) -> str:
 def calibration_plot(result: Evaluated, detector: Detector) -> str:
     """How often p-values of normal images are t or less, against t, with what chance allows."""
     n, m = detector.manifest.calibration_n, len(result.normal)
-    table = detector.calibration.p_table
+    table = conformal.p_table(n, detector.confidence)
     t = table[_steps(n, 60)]
     observed = np.searchsorted(np.sort(result.normal.p_values), t, side="right") / m
     with _figure(WIDTH, 3.4) as (figure, svg):
@@ -207,10 +207,7 @@ def _range(normal: Floats, others: list[Floats]) -> tuple[float, float]:
 
 def _threshold(detector: Detector, alpha: float) -> float | None:
     """What a score must exceed to be flagged; None where nothing is, or everything."""
-    calibration = detector.calibration
-    flagged = int(np.searchsorted(calibration.p_table, alpha, side="right"))
-    n = calibration.scores.size
-    return float(calibration.scores[n - flagged]) if 0 < flagged <= n else None
+    return detector.calibration.threshold(alpha)
 
 
 def _steps(last: int, points: int = POINTS) -> NDArray[np.intp]:

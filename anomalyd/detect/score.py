@@ -7,12 +7,13 @@ import os
 import tempfile
 from array import array
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from anomalyd.detect import conformal
+from anomalyd.detect.bayes import NOVEL, Labelling
 from anomalyd.detect.heatmap import heatmap_png
 from anomalyd.detect.manifest import dump_manifest
 from anomalyd.detect.output import (
@@ -39,6 +40,8 @@ class Scoring:
 
     Attributes:
         alpha: rate of false alarms, from `Detector.alpha`.
+        labelling: what is asked of labels, from `Detector.labelling`; None where verdicts have
+            none.
         fdr: flag by Benjamini-Hochberg at this share of false flags; None flags by alpha.
         explain: add each statistic's value and p-value.
         heatmaps: folder for one PNG an image; None makes none.
@@ -49,6 +52,7 @@ class Scoring:
     """
 
     alpha: float
+    labelling: Labelling | None = None
     fdr: float | None = None
     explain: bool = False
     heatmaps: Path | None = None
@@ -63,7 +67,8 @@ class Scoring:
     @property
     def columns(self) -> tuple[str, ...]:
         """The columns of a table of these rows."""
-        return columns(fdr=self.fdr is not None, explain=self.explain)
+        labels = self.labelling is not None
+        return columns(fdr=self.fdr is not None, labels=labels, explain=self.explain)
 
 
 @dataclass
@@ -96,7 +101,7 @@ def check_fdr(detector: Detector, fdr: float, images: int) -> int:
     Raises:
         AlphaUnreachable: not even if all of them were flagged: the calibration set is too small.
     """
-    n, confidence = detector.manifest.calibration_n, detector.confidence
+    n, confidence = detector.calibrated_on, detector.confidence
     conformal.check_alpha(fdr, n, confidence, what="--fdr")
     return conformal.fewest_flags(fdr, n, images, confidence)
 
@@ -203,10 +208,13 @@ def _slab_rows(detector: Detector, slab: Slab, scoring: Scoring) -> list[Row]:
         rows[place]["error"] = str(error)
     if slab.raw is None:
         return rows
-    judged = detector.columns(slab.raw, scoring.alpha)
+    # At a false discovery rate what is novel is known at the end: until then each has a label.
+    alpha = scoring.alpha if scoring.fdr is None else 0.0
+    judged = detector.columns(slab.raw, alpha, scoring.labelling or Labelling())
     likelihood, name = detector.manifest.likelihood, detector.manifest.score_name
-    for place, bits, score, p_value, outlier in zip(
+    for place, said, bits, score, p_value, outlier in zip(
         slab.readable.tolist(),
+        detector.said(judged),
         judged.bits_per_dim.tolist(),
         judged.score.tolist(),
         judged.p_value.tolist(),
@@ -221,6 +229,7 @@ def _slab_rows(detector: Detector, slab: Slab, scoring: Scoring) -> list[Row]:
         row["p_value"] = p_value
         row["alpha"] = scoring.alpha
         row["outlier"] = outlier
+        row |= said
     if scoring.explain:
         for i, place in enumerate(slab.readable):
             rows[place]["explain"] = detector.explain(slab.raw, i)
@@ -252,6 +261,8 @@ def _decided(rows: Iterable[Row], q_values: Iterator[float], fdr: float) -> Iter
             q_value = next(q_values)
             row["outlier"] = q_value <= fdr
             row["q_value"] = q_value
+            if row["outlier"] and "label" in row:
+                row |= {"label": None, "rejected": True, "reason": NOVEL}
         yield row
 
 
@@ -270,7 +281,10 @@ def _counted(rows: Iterable[Row], summary: Summary) -> Iterator[Row]:
 def _header(detector: Detector, scoring: Scoring) -> Row:
     """Everything that decides what a row says."""
     digest = hashlib.sha256(dump_manifest(detector.manifest)).hexdigest()
-    return {"bundle": digest, "alpha": scoring.alpha, "explain": scoring.explain}
+    header: Row = {"bundle": digest, "alpha": scoring.alpha, "explain": scoring.explain}
+    if scoring.labelling is not None:
+        header["labelling"] = asdict(scoring.labelling) | {"fdr": scoring.fdr is not None}
+    return header
 
 
 def _skip(items: Iterator[Item], journal: Journal) -> None:

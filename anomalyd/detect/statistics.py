@@ -4,6 +4,9 @@
                         verdict
     typicality          |F(nll) - 1/2|, F the ranks in the fit split: strange on either side
     density_of_states   how far from its nearest normal images, in the space of all statistics
+    class_density_of_states
+                        the same within each class, with what the class has to say: K scores, and
+                        an image is as strange as it is to the class it is least strange to
     texture             how unusual the neighbourhoods of a photograph's pixels are (texture.py)
 
 Everything a score needs to know comes from the fit split, never from the calibration split: a
@@ -29,7 +32,9 @@ if TYPE_CHECKING:
     Statistics = NDArray[np.float32] | NDArray[np.float64]
 
 __all__ = [
+    "BY_CLASS",
     "SCORES",
+    "ClassDensityOfStates",
     "Fit",
     "Score",
     "finite",
@@ -39,6 +44,8 @@ __all__ = [
 ]
 
 LARGEST = float(np.finfo(np.float64).max)
+BY_CLASS = "class_density_of_states"
+"""The score of bundles that reject what fits no class; it is made by `ClassDensityOfStates`."""
 NEIGHBOURS = 5
 BLOCK = 64
 """Images whose distances to the fit split are held at a time."""
@@ -122,24 +129,81 @@ class DensityOfStates:
     """
 
     def __init__(self, fit: Fit) -> None:
-        columns = _columns(fit.nll, fit.statistics)
-        self._ranks = [_Gaussian(column) for column in columns.T]
-        self._fit = self._transform(columns)
-        self._squares = np.square(self._fit).sum(axis=1)
-        self._neighbours = min(NEIGHBOURS, len(columns))
+        self._cloud = _Cloud(_columns(fit.nll, fit.statistics))
 
     def __call__(self, nll: Floats, statistics: Statistics) -> Floats:
         """Score N images: float64 (N,), at least 0, finite."""
-        at = self._transform(_columns(nll, statistics))
-        parts = [self._distance(at[i : i + BLOCK]) for i in range(0, len(at), BLOCK)]
+        return self._cloud.distance(_columns(nll, statistics))
+
+
+class ClassDensityOfStates:
+    """`DensityOfStates` within each class: K scores an image, each of how strange to that class.
+
+    The columns of class y are -log p(x|y), log p(x) - log p(x|y) (what the class fails to explain
+    of what is known) and the statistics, fitted to the images of class y alone. So that classes
+    compare, a distance is replaced by the normal quantile of its rank among those of the class's
+    own fit images, each measured without itself.
+
+    Args:
+        log_likelihood: float64 (m, K), nats, of the fit split.
+        statistics: (m, S), of the same images.
+        labels: int64 (m,), their classes, each of K at least twice.
+        priors: as for `negative_log_likelihood`.
+    """
+
+    def __init__(
+        self,
+        log_likelihood: Floats,
+        statistics: Statistics,
+        labels: NDArray[np.int64],
+        priors: Sequence[float] | None,
+    ) -> None:
+        self._priors = priors
+        self._clouds: list[_Cloud] = []
+        self._ranks: list[_Gaussian] = []
+        for y in range(log_likelihood.shape[1]):
+            rows = labels == y
+            own = self._columns(log_likelihood[rows], statistics[rows], y)
+            cloud = _Cloud(own)
+            self._clouds.append(cloud)
+            self._ranks.append(_Gaussian(cloud.distance(own, without_itself=True)))
+
+    def __call__(self, log_likelihood: Floats, statistics: Statistics) -> Floats:
+        """Score N images against every class: float64 (N, K), higher is stranger, finite."""
+        scores = [
+            rank(cloud.distance(self._columns(log_likelihood, statistics, y)))
+            for y, (cloud, rank) in enumerate(zip(self._clouds, self._ranks, strict=True))
+        ]
+        return np.stack(scores, axis=1)
+
+    def _columns(self, log_likelihood: Floats, statistics: Statistics, y: int) -> Floats:
+        nll = finite(-log_likelihood[:, y])
+        unexplained = nll - negative_log_likelihood(log_likelihood, self._priors)
+        return np.column_stack([finite(unexplained), _columns(nll, statistics)])
+
+
+class _Cloud:
+    """Rows of columns made comparable by their ranks, and how far others are from the nearest."""
+
+    def __init__(self, columns: Floats) -> None:
+        self._ranks = [_Gaussian(column) for column in columns.T]
+        self._rows = self._transform(columns)
+        self._squares = np.square(self._rows).sum(axis=1)
+
+    def distance(self, columns: Floats, *, without_itself: bool = False) -> Floats:
+        """The mean distance to the nearest rows, less the very nearest where that is itself."""
+        at = self._transform(columns)
+        skip = 1 if without_itself else 0
+        parts = [self._nearest(at[i : i + BLOCK], skip) for i in range(0, len(at), BLOCK)]
         return np.concatenate(parts) if parts else np.empty(0)
 
     def _transform(self, columns: Floats) -> Floats:
         return np.stack([r(c) for r, c in zip(self._ranks, columns.T, strict=True)], axis=1)
 
-    def _distance(self, at: Floats) -> Floats:
-        squares = np.square(at).sum(axis=1)[:, None] + self._squares - 2 * at @ self._fit.T
-        nearest = np.partition(squares, self._neighbours - 1, axis=1)[:, : self._neighbours]
+    def _nearest(self, at: Floats, skip: int) -> Floats:
+        squares = np.square(at).sum(axis=1)[:, None] + self._squares - 2 * at @ self._rows.T
+        upto = min(NEIGHBOURS + skip, len(self._rows))
+        nearest = np.sort(np.partition(squares, upto - 1, axis=1)[:, :upto], axis=1)[:, skip:]
         mean: Floats = np.sqrt(np.maximum(nearest, 0)).mean(axis=1)
         return mean
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from anomalyd.detect.manifest import OUTPUTS, Manifest
 from anomalyd.detect.npz import pack_arrays, unpack_arrays
-from anomalyd.detect.statistics import Fit
+from anomalyd.detect.statistics import BY_CLASS, Fit
 from anomalyd.errors import BundleError
 
 __all__ = [
@@ -35,6 +35,12 @@ _CALIBRATION = {
     "calibration_hashes": ("<u8", 1),
 }
 _TILED = {"tiles": ("<i8", 1)}  # where images are scored in tiles, too
+_BY_CLASS = {  # where verdicts have labels, too
+    "fit_log_likelihood": ("<f8", 2),
+    "fit_labels": ("<i8", 1),
+    "class_counts": ("<i8", 1),
+    "label_scores": ("<f8", 1),
+}
 _GOLDEN = {
     "images": ("|u1", 4),
     "log_likelihood": ("<f8", 2),
@@ -61,6 +67,13 @@ class Calibration:
         calibration_hashes: uint64, ascending: images of the calibration split.
         tiles: int64 (n,), ascending: how many tiles the calibration images have; None where
             images are not tiled.
+        fit_log_likelihood: float64 (m, K), nats: log p(x|y) of the fit split's images; None, like
+            all that follows, where verdicts have no labels.
+        fit_labels: int64 (m,), their classes.
+        class_counts: int64 (K,), calibration images n_y of each class. `scores` then holds those
+            of class 0 against class 0, ascending, then those of class 1, and so on, and `p_table`
+            K tables of n_y + 1 entries.
+        label_scores: float64 (n,), ascending: 1 - p(true label|x) of the calibration split.
     """
 
     fit_nll: NDArray[np.float64]
@@ -70,17 +83,44 @@ class Calibration:
     training_hashes: NDArray[np.uint64]
     calibration_hashes: NDArray[np.uint64]
     tiles: NDArray[np.int64] | None = None
+    fit_log_likelihood: NDArray[np.float64] | None = None
+    fit_labels: NDArray[np.int64] | None = None
+    class_counts: NDArray[np.int64] | None = None
+    label_scores: NDArray[np.float64] | None = None
 
     @property
     def fit(self) -> Fit:
         """The fit split, as scores take it."""
         return Fit(self.fit_nll, self.fit_statistics)
 
+    def threshold(self, alpha: float) -> float | None:
+        """The smallest score that is an outlier at alpha; None where classes have their own."""
+        if self.class_counts is not None:
+            return None
+        rank = int(np.searchsorted(self.p_table, alpha, side="right"))
+        return float(self.scores[len(self.scores) - rank]) if rank else None
+
+    def per_class(self) -> list[tuple[NDArray[np.float64], NDArray[np.float64]]]:
+        """`scores` and `p_table` of each class; of all images where there are none."""
+        if self.class_counts is None:
+            return [(self.scores, self.p_table)]
+        ends = np.cumsum(self.class_counts)[:-1]
+        tables = np.split(self.p_table, ends + np.arange(1, len(ends) + 1))
+        return list(zip(np.split(self.scores, ends), tables, strict=True))
+
     @staticmethod
-    def by_nll(nll: NDArray[np.float64], statistics: NDArray[np.float32]) -> dict[str, Any]:
-        """`fit_nll` and `fit_statistics` of a fit split, in ascending order of nll."""
+    def by_nll(
+        nll: NDArray[np.float64],
+        statistics: NDArray[np.float32],
+        log_likelihood: NDArray[np.float64] | None = None,
+        labels: NDArray[np.int64] | None = None,
+    ) -> dict[str, Any]:
+        """The arrays of a fit split, in ascending order of nll."""
         order = np.argsort(nll, kind="stable")
-        return {"fit_nll": nll[order], "fit_statistics": statistics[order]}
+        rows = {"fit_nll": nll[order], "fit_statistics": statistics[order]}
+        if log_likelihood is not None and labels is not None:
+            rows |= {"fit_log_likelihood": log_likelihood[order], "fit_labels": labels[order]}
+        return rows
 
     @staticmethod
     def hashes_alone(
@@ -113,7 +153,8 @@ class Golden:
 
 def pack_calibration(calibration: Calibration) -> bytes:
     """Bytes of `calibration.npz`; the same arrays always give the same bytes."""
-    return _pack(calibration, _CALIBRATION | ({} if calibration.tiles is None else _TILED))
+    expected = _CALIBRATION | ({} if calibration.tiles is None else _TILED)
+    return _pack(calibration, expected | ({} if calibration.class_counts is None else _BY_CLASS))
 
 
 def pack_golden(golden: Golden) -> bytes:
@@ -137,7 +178,8 @@ def unpack_calibration(data: bytes, manifest: Manifest) -> Calibration:
         BundleError: naming the array, the rule and what was found.
     """
     tiled = manifest.image.tiled and manifest.kind == "density"
-    expected = _CALIBRATION | (_TILED if tiled else {})
+    by_class = manifest.score_name == BY_CLASS
+    expected = _CALIBRATION | (_TILED if tiled else {}) | (_BY_CLASS if by_class else {})
     calibration = Calibration(**unpack_arrays(data, expected, "calibration.npz"))
     _refuse_broken("calibration.npz", _calibration_rules(calibration, manifest))
     return calibration
@@ -170,7 +212,9 @@ def _refuse_broken(what: str, rules: Iterable[tuple[bool | np.bool, str]]) -> No
 def _calibration_rules(c: Calibration, manifest: Manifest) -> _Rules:
     for key in ("fit_nll", "fit_statistics", "scores", "p_table"):
         yield np.isfinite(getattr(c, key)).all(), f"{key} must be finite"
-    for key in ("fit_nll", "scores", "training_hashes", "calibration_hashes"):
+    ascending = ["fit_nll", "training_hashes", "calibration_hashes"]
+    ascending += ["scores"] if c.class_counts is None else ["label_scores"]
+    for key in ascending:
         array = getattr(c, key)
         yield (array[1:] >= array[:-1]).all(), f"{key} must be sorted in ascending order"
     if manifest.kind == "density":
@@ -186,21 +230,53 @@ def _conformal_rules(c: Calibration, manifest: Manifest) -> _Rules:
     yield len(c.fit_nll) >= 1, "fit_nll must not be empty"
     yield _is_shape("fit_statistics", c.fit_statistics, (len(c.fit_nll), width))
     yield n == stated, f"scores holds {n} where manifest.json says calibration_n {stated}"
-    yield _is_shape("p_table", c.p_table, (n + 1,))
+    if c.class_counts is None:
+        yield _is_shape("p_table", c.p_table, (n + 1,))
+    else:
+        yield from _class_rules(c, len(manifest.classes or ()))
     if c.tiles is not None:
         yield _is_shape("tiles", c.tiles, (n,))
         yield (c.tiles[1:] >= c.tiles[:-1]).all(), "tiles must be sorted in ascending order"
         yield c.tiles[0] >= 1, "tiles must be at least 1"
-    smallest = c.p_table[0]
-    rises = smallest > 0 and (c.p_table[1:] > c.p_table[:-1]).all() and c.p_table[-1] <= 1
-    yield rises, "p_table must increase strictly within (0, 1]"
-    if manifest.guarantee["kind"] == "marginal":
-        ranks = np.arange(1, n + 2) / (n + 1)
-        yield (np.abs(c.p_table - ranks) <= 1e-12).all(), "a marginal p_table must be r / (n + 1)"
-    yield (
-        alpha >= smallest * (1 - 1e-12),
-        f"the smallest p-value is {smallest:g}, so at default_alpha {alpha:g} nothing is flagged",
+    for scores, table in c.per_class():
+        smallest, count = table[0], len(scores)
+        rises = smallest > 0 and (table[1:] > table[:-1]).all() and table[-1] <= 1
+        yield rises, "p_table must increase strictly within (0, 1]"
+        if manifest.guarantee["kind"] == "marginal":
+            ranks = np.arange(1, count + 2) / (count + 1)
+            fine = (np.abs(table - ranks) <= 1e-12).all()
+            yield fine, "a marginal p_table must be r / (n + 1)"
+        yield (
+            alpha >= smallest * (1 - 1e-12),
+            f"the smallest p-value is {smallest:g}: at default_alpha {alpha:g} nothing is flagged",
+        )
+
+
+def _class_rules(c: Calibration, classes: int) -> _Rules:
+    """Rules of a table by class; the arrays are there."""
+    likelihood, labels, counts, truths = (
+        c.fit_log_likelihood,
+        c.fit_labels,
+        c.class_counts,
+        c.label_scores,
     )
+    if likelihood is None or labels is None or counts is None or truths is None:
+        yield False, f"{', '.join(_BY_CLASS)} must all be there"
+        return
+    n, m = len(c.scores), len(c.fit_nll)
+    yield _is_shape("class_counts", counts, (classes,))
+    yield (counts >= 1).all() and counts.sum() == n, "class_counts must be 1 or more, and sum to n"
+    yield _is_shape("p_table", c.p_table, (n + classes,))
+    yield _is_shape("fit_log_likelihood", likelihood, (m, classes))
+    yield np.isfinite(likelihood).all(), "fit_log_likelihood must be finite"
+    yield _is_shape("fit_labels", labels, (m,))
+    known = np.unique(labels, return_counts=True)
+    fine = np.array_equal(known[0], np.arange(classes)) and (known[1] >= 2).all()
+    yield fine, "fit_labels must hold each of the classes at least twice"
+    yield _is_shape("label_scores", truths, (n,))
+    yield ((truths >= 0) & (truths <= 1)).all(), "label_scores must lie in 0..1"
+    for scores, _ in c.per_class():
+        yield (scores[1:] >= scores[:-1]).all(), "scores must be sorted within each class"
 
 
 def _golden_rules(g: Golden, manifest: Manifest) -> _Rules:

@@ -7,17 +7,25 @@ import math
 import platform
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from anomalyd.density.base import Density
 from anomalyd.detect import bundle as bundles
 from anomalyd.detect import conformal, tiling
+from anomalyd.detect.bayes import fit_temperature, log_posterior
 from anomalyd.detect.pipeline import collect
+from anomalyd.detect.ranks import enough_to_fit, ranks, ranks_by_class
 from anomalyd.detect.runtime import CPU, CUDA, Raw, Session, available_cpus
 from anomalyd.detect.sample import Sampler, grid
-from anomalyd.detect.statistics import Fit, make_score, negative_log_likelihood
+from anomalyd.detect.statistics import (
+    BY_CLASS,
+    ClassDensityOfStates,
+    Fit,
+    make_score,
+    negative_log_likelihood,
+)
 from anomalyd.detect.texture import Field, Texture
 from anomalyd.errors import SourceError
 from anomalyd.sources import has_kinds, open_evaluation, open_source
@@ -40,7 +48,7 @@ if TYPE_CHECKING:
     from anomalyd.train.loop import Outcome
     from anomalyd.train.recipe import Recipe
 
-__all__ = ["SPLITS", "Trained", "graphs", "samples", "write"]
+__all__ = ["SPLITS", "Trained", "class_shares", "graphs", "samples", "write"]
 
 SPLITS = ("train", "validation", "fit", "calibration")
 SCORE = "density_of_states"
@@ -87,10 +95,7 @@ class Trained:
         """p(y), as counted in the training split."""
         if self.labels is None:
             return None
-        counts = np.bincount(self.labels[self.splits.train], minlength=len(self.classes))
-        # A class that training has not seen is rare, not impossible.
-        counts = np.maximum(counts, 0.5)
-        return [float(count) for count in counts / counts.sum()]
+        return class_shares(self.labels[self.splits.train], len(self.classes))
 
 
 @dataclass(frozen=True)
@@ -100,6 +105,12 @@ class _Measured:
     bits_per_dim: float | None = None
     accuracy: float | None = None
     images: int = 0
+
+
+def class_shares(labels: NDArray[np.int64], classes: int) -> list[float]:
+    """p(y) as counted; a class without an image is rare, not impossible."""
+    counts = np.maximum(np.bincount(labels, minlength=classes), 0.5)
+    return [float(count) for count in counts / counts.sum()]
 
 
 def graphs(model: Model) -> dict[str, bytes]:
@@ -154,7 +165,8 @@ def write(
     some = splits.validation[:PARITY_IMAGES]
     parity = check_parity(model, files["model.onnx"], crops(images.pixels, some, [0]))
     session = Session(files["model.onnx"], device="cpu")
-    test = _test_split(session, trained, data)
+    temperature = _temperature(session, trained) if _score_name(trained) == BY_CLASS else None
+    test = _test_split(session, trained, data, temperature or 1.0)
     about = card.Training(
         model=trained.recipe.model,
         data=data,
@@ -174,7 +186,7 @@ def write(
         minutes_before=card.minutes_of(_card(init)) if init else 0.0,
         history=card.history_of(_card(init)) if init and not trained.outcome.budget else None,
     )
-    manifest = _manifest(trained, out.name, session, test, licence)
+    manifest = _manifest(trained, out.name, session, test, licence, temperature)
     if model.kind == "density":
         calibration, text, manifest, texture = _calibrated(
             trained, session, manifest, about, folder
@@ -201,7 +213,8 @@ def write(
     (folder / "checkpoint.safetensors").unlink()
     (folder / "job.json").unlink()
     if test.bits_per_dim is not None:
-        say(f"{out}: {test.bits_per_dim:.4f} bits/dim on the test split")
+        by_bayes = f", accuracy {test.accuracy:.4f}" if test.accuracy is not None else ""
+        say(f"{out}: {test.bits_per_dim:.4f} bits/dim{by_bayes} on the test split")
     elif test.accuracy is not None:
         say(f"{out}: accuracy {test.accuracy:.4f} on the test split")
     else:
@@ -226,39 +239,69 @@ def _calibrated(
     held_out = _scored(session, trained, splits.calibration, "calibration split", texture)
     fit_nll = negative_log_likelihood(fit.log_likelihood, manifest.priors)
     nll = negative_log_likelihood(held_out.log_likelihood, manifest.priors)
+    n = fewest = len(nll)
+    fit_labels = None if trained.labels is None else trained.labels[splits.fit]
     if held_out.texture is not None:
-        scores = held_out.texture
+        scores, found = held_out.texture, ranks(held_out.texture, None)
+    elif trained.labels is not None:
+        scores, found = _by_class(trained, fit, held_out, manifest)
+        fewest = int(found["class_counts"].min())
     else:
         score = make_score(manifest.score_name, Fit(fit_nll, fit.statistics))
         scores = score(nll, held_out.statistics)
-    n = len(scores)
+        found = ranks(scores, None)
     training, calibrating = _hashes(images, splits)
     calibration = bundles.Calibration(
-        **bundles.Calibration.by_nll(fit_nll, fit.statistics),
-        scores=np.sort(scores),
-        p_table=conformal.p_table(n),
+        **bundles.Calibration.by_nll(fit_nll, fit.statistics, fit.log_likelihood, fit_labels),
+        **found,
         training_hashes=training,
         calibration_hashes=calibrating,
         tiles=None if held_out.tiles is None else np.sort(held_out.tiles),
     )
-    alpha = conformal.default_alpha(n)
+    alpha = conformal.default_alpha(fewest)
     manifest = replace(manifest, calibration_n=n, default_alpha=alpha)
     strangest, sheet = _strangest(
         images, splits.calibration, scores, nll / (trained.model.shape.dims * math.log(2))
     )
-    # The verdict is p <= alpha: the threshold is the smallest score with such a p-value.
-    rank = int(np.searchsorted(calibration.p_table, alpha, side="right"))
-    threshold = float(calibration.scores[n - rank]) if rank else float(calibration.scores[-1])
-    text = card.write_card(manifest, about, calibration.scores, threshold, strangest)
+    text = card.write_card(
+        manifest, about, np.sort(scores), calibration.threshold(alpha), strangest
+    )
     listed, picture = report.write_strangest(folder, strangest, sheet)
     say(f"alpha {alpha:g} from {n:,} calibration images")
     if alpha > conformal.DEFAULT_ALPHA:
         say(
-            f"{n} calibration images allow no smaller alpha than {alpha:g}; for "
+            f"{fewest} calibration images allow no smaller alpha than {alpha:g}; for "
             f"{conformal.DEFAULT_ALPHA} calibrate with {conformal.images_needed(0.01)}"
         )
     say(f"look at the {len(strangest)} strangest held-out normals: {picture}, {listed}")
     return calibration, text, manifest, texture
+
+
+def _temperature(session: Session, trained: Trained) -> float:
+    labels = cast("NDArray[np.int64]", trained.labels)
+    rows = trained.splits.validation
+    raw = _scored(session, trained, rows, "validation split")
+    return fit_temperature(raw.log_likelihood, labels[rows], trained.priors)
+
+
+def _by_class(
+    trained: Trained, fit: Raw, held_out: Raw, manifest: bundles.Manifest
+) -> tuple[NDArray[np.float64], dict[str, Any]]:
+    """Return the calibration split's scores, and its ranks class by class."""
+    splits, labels = trained.splits, cast("NDArray[np.int64]", trained.labels)
+    enough_to_fit(labels[splits.fit], trained.classes)
+    score = ClassDensityOfStates(
+        fit.log_likelihood, fit.statistics, labels[splits.fit], manifest.priors
+    )
+    found = ranks_by_class(
+        score,
+        held_out,
+        labels[splits.calibration],
+        classes=trained.classes,
+        priors=manifest.priors,
+        temperature=cast("float", manifest.temperature),
+    )
+    return score(held_out.log_likelihood, held_out.statistics).min(axis=1), found
 
 
 def _hashes(images: TrainingData, splits: Splits) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
@@ -306,8 +349,8 @@ def _scored(
     return Raw.concat(parts)
 
 
-def _test_split(session: Session, trained: Trained, data: str) -> _Measured:
-    """Measure bits/dim, or the accuracy of a classifier, on DATA's test split."""
+def _test_split(session: Session, trained: Trained, data: str, temperature: float) -> _Measured:
+    """Measure bits/dim, and the accuracy of what tells classes apart, on DATA's test split."""
     if trained.model.kind == "autoencoder":
         return _Measured()
     root, labels = data.removesuffix(":train"), bool(trained.classes)
@@ -326,20 +369,33 @@ def _test_split(session: Session, trained: Trained, data: str) -> _Measured:
         scored = collect(session, trained.spec, source, progress=advance)
     if scored is None:
         return _Measured()
-    if trained.model.kind == "classifier":
-        said = cast("NDArray[np.float32]", scored.raw.log_posterior).argmax(axis=1)
+    raw, accuracy = scored.raw, None
+    if trained.classes:
+        places = np.argmax(
+            log_posterior(raw.log_likelihood, trained.priors, temperature)
+            if raw.log_posterior is None
+            else raw.log_posterior,
+            axis=1,
+        ).tolist()
         right = [
             trained.classes[place] == label
-            for place, label in zip(said.tolist(), scored.labels, strict=True)
+            for place, label in zip(places, scored.labels, strict=True)
         ]
-        return _Measured(accuracy=float(np.mean(right)), images=len(scored))
-    nll = negative_log_likelihood(scored.raw.log_likelihood, trained.priors)
+        accuracy = float(np.mean(right))
+    if trained.model.kind == "classifier":
+        return _Measured(accuracy=accuracy, images=len(scored))
+    nll = negative_log_likelihood(raw.log_likelihood, trained.priors)
     bits = nll.mean() / (trained.model.shape.dims * math.log(2))
-    return _Measured(bits_per_dim=float(bits), images=len(scored))
+    return _Measured(float(bits), accuracy, len(scored))
 
 
 def _manifest(
-    trained: Trained, name: str, session: Session, test: _Measured, licence: str | None
+    trained: Trained,
+    name: str,
+    session: Session,
+    test: _Measured,
+    licence: str | None,
+    temperature: float | None,
 ) -> bundles.Manifest:
     model = trained.model
     units = UNITS | {"statistics": ", ".join(model.units)}
@@ -366,13 +422,16 @@ def _manifest(
         files={},
         data_digest=trained.images.digest,
         licence=licence or "unspecified",
+        temperature=temperature,
     )
 
 
 def _score_name(trained: Trained) -> str:
     if trained.model.kind != "density":
         return "none"
-    return "texture" if trained.spec.tiled else SCORE
+    if trained.spec.tiled:
+        return "texture"
+    return BY_CLASS if trained.classes else SCORE
 
 
 def _golden(session: Session, spec: ImageSpec, kind: str) -> bundles.Golden:

@@ -81,7 +81,7 @@ def write_card(
     manifest: Manifest,
     training: Training,
     scores: NDArray[np.float64],
-    threshold: float,
+    threshold: float | None,
     strangest: list[Strange],
 ) -> str:
     """Return the card as Markdown.
@@ -90,7 +90,8 @@ def write_card(
         manifest: of the bundle.
         training: how it was trained.
         scores: calibration scores, ascending.
-        threshold: the smallest score that is an outlier at the default alpha.
+        threshold: the smallest score that is an outlier at the default alpha; None where each
+            class has its own.
         strangest: held-out normals, strangest first.
     """
     spec, alpha = manifest.image, manifest.default_alpha
@@ -126,7 +127,7 @@ images. The rate of false alarms is then at most alpha, on average over calibrat
 live normal images are exchangeable with the calibration images. After a change of camera, light \
 or product they are not: run `anomalyd calibrate` on new normal images.
 
-{_score(manifest)} `anomalyd evaluate` measures what is caught.
+{_score(manifest)} `anomalyd evaluate` measures what is caught.{_labels(manifest, training)}
 
 ## Scores of the calibration images
 
@@ -153,6 +154,36 @@ small p-values are expected: they are the {len(strangest)} smallest.
 {_history(manifest, training)}"""
 
 
+def _labels(manifest: Manifest, training: Training) -> str:
+    """What labels say and what is promised of them; nothing without labels."""
+    if manifest.temperature is None or not manifest.classes:
+        return ""
+    accuracy = ""
+    if training.accuracy is not None:
+        accuracy = (
+            f" Of the {training.test:,} images of the test split {training.accuracy:.4f} have "
+            "their own class as the likeliest."
+        )
+    approximate = ""
+    if manifest.likelihood != "exact":
+        approximate = (
+            f" The likelihoods are lower bounds ({manifest.likelihood}), so the posterior is "
+            "approximate."
+        )
+    return f"""
+
+## What its labels mean
+
+The classes are {", ".join(manifest.classes)}. p(y|x) is Bayes' rule on p(x|y), at temperature \
+{manifest.temperature:.4g}.{accuracy}{approximate}
+
+Each class has its own ranks: an image is `novel`, an outlier, if it is one to every class. Of \
+the images of each class at most a share alpha is called novel, on average over calibration sets. \
+An image that fits is `ambiguous` unless one label alone is credible: the set of credible labels \
+holds the true one in 9 of 10 normal images (`--label-alpha`). That is coverage, not accuracy \
+among accepted labels."""
+
+
 def _score(manifest: Manifest) -> str:
     """What the score is, and what it is not."""
     if manifest.image.tiled:
@@ -164,6 +195,14 @@ def _score(manifest: Manifest) -> str:
             "photograph passes, and what lies within the variety of the normal surface."
         )
     names = ", ".join(f"`{name}`" for name in manifest.statistics)
+    if manifest.temperature is not None:
+        return (
+            "The score of a class is the distance to the nearest of its normal images that were "
+            f"set aside to fit it, in {2 + len(manifest.statistics)} columns made comparable by "
+            "their ranks: -log p(x|y), log p(x) - log p(x|y) and the statistics "
+            f"{names}; an image has that of the class it is least strange to. It is no "
+            "probability, and nothing is promised about outliers."
+        )
     return (
         "The score is the distance to the nearest of the normal images that were set aside to fit "
         f"it, in {1 + len(manifest.statistics)} columns made comparable by their ranks: -log p(x) "
@@ -225,21 +264,22 @@ def _history(manifest: Manifest, training: Training) -> str:
 """
 
 
-def histogram(scores: NDArray[np.float64], threshold: float, *, bins: int = 20) -> str:
+def histogram(scores: NDArray[np.float64], threshold: float | None, *, bins: int = 20) -> str:
     """Draw scores as rows of a bar chart, with the line where outliers begin.
 
     Args:
         scores: ascending.
-        threshold: the smallest score that is an outlier.
+        threshold: the smallest score that is an outlier; None draws no line.
         bins: rows up to the largest score or the threshold.
     """
-    top = float(min(max(scores[-1], threshold), 2 * max(threshold, 1e-9)))
-    edges = np.linspace(0.0, top, bins + 1)
+    line = float(np.quantile(scores, 0.99)) if threshold is None else threshold
+    top = float(min(max(scores[-1], line), 2 * max(line, 1e-9)))
+    edges = np.linspace(min(0.0, float(scores[0])), top, bins + 1)
     counts, _ = np.histogram(np.minimum(scores, top), edges)
     widest = max(1, int(counts.max()))
     rows, marked = [], False
     for low, high, count in zip(edges[:-1], edges[1:], counts, strict=True):
-        if not marked and high >= threshold:
+        if threshold is not None and not marked and high >= threshold:
             rows.append(f"{'-' * 12} outlier from {threshold:.4f} {'-' * 28}")
             marked = True
         rows.append(f"{low:6.3f}-{high:5.3f} {'#' * round(40 * int(count) / widest)} {count}")

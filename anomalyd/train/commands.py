@@ -24,7 +24,7 @@ from anomalyd.errors import (
 from anomalyd.images import ImageSpec, decode
 from anomalyd.sources import open_source
 from anomalyd.train import loop
-from anomalyd.train.bundling import SPLITS, Trained, graphs, samples, write
+from anomalyd.train.bundling import SPLITS, Trained, class_shares, graphs, samples, write
 from anomalyd.train.data import TrainingData, excluded, gather, reopen
 from anomalyd.train.export import check_parity, outputs_of
 from anomalyd.train.models import assemble
@@ -242,7 +242,8 @@ def _run(job: _Job, out: Path, folder: Path, *, device: str, resume: bool) -> in
     torch.set_num_threads(available_cpus())
     torch.manual_seed(recipe.train.seed)
     classes, labels = _classes(images) if job.labels else ([], None)
-    model = assemble(recipe, spec, len(classes))
+    priors = None if labels is None else class_shares(labels[splits.train], len(classes))
+    model = assemble(recipe, spec, len(classes), priors)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     say(
         f"{recipe.model}: {parameters:,} parameters, "

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from typing import TYPE_CHECKING, Any
+import math
+from typing import TYPE_CHECKING, Any, cast
 
 from anomalyd.config import check_key
 from anomalyd.errors import MissingExtra, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
-    from anomalyd.density.base import Model
+    from anomalyd.density.base import Density, Model
     from anomalyd.images import ImageSpec
     from anomalyd.train.recipe import Recipe
 
@@ -35,13 +36,33 @@ MODELS = {
 }
 
 
-def assemble(recipe: Recipe, spec: ImageSpec, classes: int = 0) -> Model:
+def assemble(
+    recipe: Recipe, spec: ImageSpec, classes: int = 0, priors: Sequence[float] | None = None
+) -> Model:
     """Make the model of a recipe, with its companions, and freeze what it says is frozen.
 
+    Args:
+        recipe: every setting.
+        spec: image shape and levels.
+        classes: K where the images are labelled, 0 where they are not.
+        priors: p(y) of each class, where training weighs the posterior.
+
     Raises:
-        UsageError: as `build`; companions of what is no density, nothing left to train.
+        UsageError: as `build`; companions of what is no density, nothing left to train, a
+            posterior without classes.
     """
     model = build(recipe.model, spec, recipe.density, classes)
+    if recipe.train.bayes:
+        if not classes or model.kind != "density":
+            raise UsageError(
+                f"recipe [train] bayes: {recipe.train.bayes:g} weighs the posterior of a density "
+                "with classes; train one with --labels or leave it out"
+            )
+        from anomalyd.density.base import Bayes
+
+        log_priors = None if priors is None else tuple(map(math.log, priors))
+        weigh = recipe.train
+        cast("Density", model).bayes = Bayes(weigh.bayes, weigh.shift, weigh.mirror, log_priors)
     if recipe.local is not None or recipe.vae is not None:
         if model.kind != "density" or recipe.local is None:
             raise UsageError(

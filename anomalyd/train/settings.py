@@ -26,6 +26,11 @@ class TrainSettings:
     warmup: int = setting(100, help="steps of linear warm-up", low=0)
     ema: float = setting(0.999, help="decay of the averaged weights, a step", low=0.0, high=1.0)
     clip: float = setting(1.0, help="largest gradient norm", low=0.0)
+    bayes: float = setting(
+        0.0, help="weight of -log p(y|x) by Bayes' rule beside -log p(x|y), both in nats", low=0.0
+    )
+    shift: int = setting(0, help="pixels by which images move at random in that term", low=0)
+    mirror: bool = setting(False, help="mirror half of the images in that term")
     compile: bool = setting(
         False, help="fuse the model with torch.compile: a minute at the start, a third off after"
     )

@@ -51,10 +51,11 @@ def said(verdict: Verdict) -> str:
 def histogram(detector: Detector, axis: Axes) -> None:
     """Calibration scores, and the line from which the default alpha flags."""
     scores, alpha = detector.calibration.scores, detector.alpha(None)
-    rank = int(np.searchsorted(detector.calibration.p_table, alpha, side="right"))
-    threshold = scores[len(scores) - rank] if rank else scores[-1]
-    axis.hist(np.minimum(scores, 2 * threshold), bins=60, color="#4a7ba6")
-    axis.axvline(threshold, color="#c0392b", label=f"outlier at alpha = {alpha:g}")
+    threshold = detector.calibration.threshold(alpha)
+    most = 2 * (np.quantile(scores, 0.99) if threshold is None else threshold)
+    axis.hist(np.minimum(scores, most), bins=60, color="#4a7ba6")
+    if threshold is not None:
+        axis.axvline(threshold, color="#c0392b", label=f"outlier at alpha = {alpha:g}")
     axis.set_title(detector.manifest.name, fontsize=9)
     axis.set_xlabel(detector.manifest.score_name, fontsize=8)
     axis.legend(fontsize=7)

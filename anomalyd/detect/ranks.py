@@ -1,0 +1,103 @@
+"""From raw scores of the fit and calibration splits to the ranks that p-values are read off.
+
+Training, `calibrate` and `compose` all fill `calibration.npz` here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+
+from anomalyd.detect import conformal
+from anomalyd.detect.bayes import log_posterior
+from anomalyd.detect.statistics import ClassDensityOfStates
+from anomalyd.errors import CalibrationError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from anomalyd.detect.runtime import Raw
+    from anomalyd.detect.tables import Calibration
+
+__all__ = ["class_score", "enough_to_fit", "ranks", "ranks_by_class"]
+
+
+def class_score(calibration: Calibration, priors: Sequence[float] | None) -> ClassDensityOfStates:
+    """The score of a bundle whose verdicts have labels, by its fit split."""
+    return ClassDensityOfStates(
+        cast("NDArray[np.float64]", calibration.fit_log_likelihood),
+        calibration.fit_statistics,
+        cast("NDArray[np.int64]", calibration.fit_labels),
+        priors,
+    )
+
+
+def ranks(scores: NDArray[np.float64], confidence: float | None) -> dict[str, Any]:
+    """`scores` and `p_table` of a calibration split.
+
+    Args:
+        scores: float64 (n,), in any order.
+        confidence: of the guarantee; None for the marginal one.
+    """
+    table = conformal.p_table(len(scores), confidence)
+    return {"scores": np.sort(scores), "p_table": table}
+
+
+def ranks_by_class(
+    score: ClassDensityOfStates,
+    raw: Raw,
+    labels: NDArray[np.int64],
+    *,
+    classes: Sequence[str],
+    priors: Sequence[float] | None,
+    temperature: float,
+    confidence: float | None = None,
+) -> dict[str, Any]:
+    """The arrays of a calibration split whose images have classes.
+
+    Args:
+        score: fitted to the fit split.
+        raw: raw scores of n images.
+        labels: int64 (n,), their classes.
+        classes: names of all K.
+        priors: p(y).
+        temperature: of the posterior.
+        confidence: of the guarantee, class by class; None for the marginal one.
+
+    Raises:
+        CalibrationError: a class without an image.
+    """
+    counts = np.bincount(labels, minlength=len(classes))
+    if not counts.all():
+        raise CalibrationError(
+            f"class {classes[int(counts.argmin())]}: no calibration image of it, and each of the "
+            f"{len(classes)} classes needs {conformal.images_needed(conformal.DEFAULT_ALPHA)} for "
+            f"an alpha of {conformal.DEFAULT_ALPHA}; give more labelled images"
+        )
+    by_class = score(raw.log_likelihood, raw.statistics)
+    tables = [ranks(by_class[labels == y, y], confidence) for y in range(len(classes))]
+    posterior = np.exp(log_posterior(raw.log_likelihood, priors, temperature))
+    truths = 1 - posterior[np.arange(len(labels)), labels]
+    return {
+        "scores": np.concatenate([table["scores"] for table in tables]),
+        "p_table": np.concatenate([table["p_table"] for table in tables]),
+        "class_counts": counts,
+        "label_scores": np.sort(np.clip(truths, 0, 1)),
+    }
+
+
+def enough_to_fit(labels: NDArray[np.int64], classes: Sequence[str]) -> None:
+    """Refuse a fit split in which a class has no neighbours.
+
+    Raises:
+        CalibrationError: a class with fewer than two images.
+    """
+    counts = np.bincount(labels, minlength=len(classes))
+    if counts.min() < 2:
+        place = int(counts.argmin())
+        raise CalibrationError(
+            f"class {classes[place]}: {counts[place]} images in the fit split, and a class needs "
+            "at least 2 there; give more labelled images of it"
+        )
