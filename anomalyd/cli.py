@@ -22,6 +22,7 @@ from anomalyd.errors import AnomalydError, BundleError, MissingExtra, UsageError
 if TYPE_CHECKING:
     from types import ModuleType
 
+    from anomalyd.detect.classification import Classification
     from anomalyd.detect.evaluate import Evaluated
 
 __all__ = ["main"]
@@ -48,6 +49,34 @@ group = click.option(
     help="Never split a group: a regular expression on the path, a column, or TABLE.csv:COLUMN.",
 )
 bundle = click.argument("bundle", type=PATH)
+prior = click.option(
+    "--prior",
+    "priors",
+    multiple=True,
+    metavar="NAME=P",
+    help="Probability of a class where the images come from; one for each class.",
+)
+
+
+def labelling(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of what gives labels."""
+    for option in (
+        prior,
+        click.option(
+            "--reject-cost",
+            type=float,
+            metavar="C",
+            help="Give a label only where its expected cost, 1 if wrong, is at most C.",
+        ),
+        click.option(
+            "--label-alpha",
+            type=float,
+            metavar="A",
+            help="Share of images whose credible labels may lack the true one  [default: 0.1]",
+        ),
+    ):
+        command = option(command)
+    return command
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -117,12 +146,34 @@ def anomalyd() -> None:
     metavar="K",
     help="With tile: scale photographs down by this whole factor first  [default: 1]",
 )
+@prior
 @click.option("--licence", metavar="TEXT", help="Licence of the weights, for the bundle's card.")
-def train(channels: str | None, **options: Any) -> int:
+def train(channels: str | None, priors: tuple[str, ...], **options: Any) -> int:
     """Train a density on the normal images in DATA and write a calibrated bundle."""
     commands = _training()
-    code = commands.train(channels=int(channels) if channels else None, **options)
+    size = int(channels) if channels else None
+    code = commands.train(channels=size, priors=_priors(priors), **options)
     return int(code or 0)
+
+
+@anomalyd.command()
+@click.argument("classifier", type=PATH)
+@click.argument("density", type=PATH)
+@click.option("--out", type=PATH, required=True, metavar="DIR", help="Bundle to write.")
+@click.option(
+    "--data",
+    metavar="DATA",
+    help="Labelled images that both were trained on  [default: what DENSITY's card names]",
+)
+@click.option("--licence", metavar="TEXT", help="Licence of the weights, for the bundle's card.")
+def compose(
+    classifier: Path, density: Path, out: Path, data: str | None, licence: str | None
+) -> int:
+    """Join CLASSIFIER and DENSITY into a bundle that labels, and rejects what fits no class."""
+    _training()
+    from anomalyd.train.compose import compose as run
+
+    return run(classifier, density, out=out, data=data, licence=licence)
 
 
 @anomalyd.command()
@@ -149,12 +200,14 @@ def calibrate(
     bundle: Path, data: str, confidence: float | None, refit: bool, group: str | None, device: str
 ) -> int:
     """Redo the promise of BUNDLE on the normal images in DATA, which training has not seen."""
+    from anomalyd.detect.bundle import read_bundle
     from anomalyd.detect.calibrate import calibrate as run
     from anomalyd.sources import open_source
 
     if group is not None and not refit:
         raise UsageError("--group: only --refit splits DATA; leave it out or add --refit")
-    source = open_source(data, split="train", group=group)
+    by_class = read_bundle(bundle).manifest.temperature is not None
+    source = open_source(data, split="train", group=group, labels=by_class)
     with _progress("calibrating", len(source)) as advance:
         done = run(
             bundle,
@@ -182,7 +235,11 @@ def calibrate(
 @click.option(
     "--outliers", multiple=True, metavar="NAME=DATA", help="Images that are not; repeatable."
 )
-@click.option("--labels", is_flag=True, help="The normal images have classes.")
+@click.option("--labels", is_flag=True, help="Measure labels: the normal images have classes.")
+@click.option(
+    "--baseline", type=PATH, metavar="CLASSIFIER", help="With --labels: measure this one, too."
+)
+@labelling
 @alpha
 @click.option(
     "--fdr",
@@ -225,6 +282,10 @@ def evaluate(
     normal: str,
     outliers: tuple[str, ...],
     labels: bool,
+    baseline: Path | None,
+    label_alpha: float | None,
+    reject_cost: float | None,
+    priors: tuple[str, ...],
     alpha: float | None,
     fdr: float | None,
     base_rate: float | None,
@@ -237,7 +298,9 @@ def evaluate(
 ) -> int:
     """Measure false alarms on normal images, and what is caught of outliers."""
     named = _named(outliers)
+    from anomalyd.detect.bundle import read_bundle
     from anomalyd.detect.detector import Detector
+    from anomalyd.detect.evaluate import Baseline
     from anomalyd.detect.evaluate import evaluate as run
     from anomalyd.detect.report import check_report, write_report
     from anomalyd.sources import open_evaluation, open_source
@@ -247,6 +310,14 @@ def evaluate(
 
     detector = Detector.load(bundle, device=device)
     detector.alpha(alpha)
+    asked = detector.labelling(label_alpha, reject_cost, _priors(priors))
+    if labels and not detector.labels:
+        raise UsageError(f"--labels: bundle {bundle} gives no labels; train one with --labels")
+    if baseline is not None and not labels:
+        raise UsageError("--baseline stands beside labels; add --labels")
+    beside = None
+    if baseline is not None:
+        beside = Baseline(read_bundle(baseline), detector, device=device)
     given = open_evaluation(normal, labels=labels)
     sets = dict(given.outliers)
     for name, data in named.items():
@@ -266,6 +337,8 @@ def evaluate(
             base_rate=base_rate,
             limit=limit,
             seed=seed,
+            labelling=asked if labels else None,
+            baseline=beside,
             progress=advance,
         )
     _name_unreadable(result.unreadable)
@@ -318,6 +391,7 @@ def evaluate(
     "--flips", is_flag=True, help="Average those maps over four flips, four times as slow."
 )
 @click.option("--explain", is_flag=True, help="Add each statistic's value and p-value.")
+@labelling
 @device
 @click.option("--resume", is_flag=True, help="Go on where an interrupted --output stopped.")
 def score(
@@ -330,6 +404,9 @@ def score(
     heatmaps: Path | None,
     flips: bool,
     explain: bool,
+    label_alpha: float | None,
+    reject_cost: float | None,
+    priors: tuple[str, ...],
     device: str,
     resume: bool,
 ) -> int:
@@ -344,12 +421,18 @@ def score(
     if output is not None:
         file_format(output)
     detector = Detector.load(bundle, device=device)
+    asked = detector.labelling(label_alpha, reject_cost, _priors(priors))
     scoring = Scoring(
-        detector.alpha(alpha), fdr=fdr, explain=explain, heatmaps=heatmaps, flips=flips
+        detector.alpha(alpha),
+        asked if detector.labels else None,
+        fdr=fdr,
+        explain=explain,
+        heatmaps=heatmaps,
+        flips=flips,
     )
     source = open_paths(paths)
     if fdr is not None:
-        n, m = detector.manifest.calibration_n, len(source)
+        n, m = detector.calibrated_on, len(source)
         fewest = check_fdr(detector, fdr, m)
         _say(f"--fdr {fdr:g}: on average over batches at most {fdr:g} of the flags are false")
         _say(
@@ -611,6 +694,23 @@ def _named(outliers: tuple[str, ...]) -> dict[str, str]:
     return named
 
 
+def _priors(given: tuple[str, ...]) -> dict[str, float]:
+    priors: dict[str, float] = {}
+    for text in given:
+        # A class may have = in its name, a number has none.
+        name, equals, number = text.rpartition("=")
+        try:
+            value = float(number)
+        except ValueError:
+            value = None
+        if not (name and equals) or value is None:
+            raise UsageError(f"--prior {text}: say NAME=P, as in sandal=0.2")
+        if name in priors:
+            raise UsageError(f"--prior {name}: given twice")
+        priors[name] = value
+    return priors
+
+
 def _fail(message: str, code: int) -> int:
     # A message from far below may hold a line break; the promise is one line.
     click.echo(f"anomalyd: {' '.join(message.split())}", err=True)
@@ -675,6 +775,8 @@ def _print_evaluation(result: Evaluated) -> None:
         f"false alarms {level.observed:.4f} at alpha {level.alpha:g}; "
         f"99.9 % of such runs fall in [{low:.4f}, {high:.4f}]"
     )
+    if result.classification is not None:
+        _print_classification(console, result.classification)
     if not result.outliers:
         return
     console.print(_table(*_verdict_rows(result)))
@@ -683,6 +785,66 @@ def _print_evaluation(result: Evaluated) -> None:
         console.print(_table(*_score_rows(result)))
     console.print()
     console.print(_table(*_batch_rows(result)))
+
+
+def _print_classification(console: Any, found: Classification) -> None:
+    console.print(
+        f"accepted {found.accepted:.4f} of the normal images, {found.accepted_accuracy:.4f} of "
+        f"them rightly labelled; mean set size {found.set_size:.3f} at label alpha "
+        f"{found.label_alpha:g}"
+    )
+    rows = [("bundle", found.labels)]
+    if found.baseline is not None:
+        rows.append((str(found.baseline_name), found.baseline))
+    headings = ["labels", "accuracy", "NLL", "ECE", "AURC", "AUGRC", "coverage at 1 % risk"]
+    mixed = list(found.labels.mixed)
+    headings += [f"AURC with {name}" for name in mixed]
+    console.print(
+        _table(
+            headings,
+            [
+                [
+                    name,
+                    f"{each.accuracy:.4f}",
+                    f"{each.nll:.4f}",
+                    f"{each.ece:.4f}",
+                    f"{each.aurc:.5f}",
+                    f"{each.augrc:.5f}",
+                    f"{each.coverage_at_1pct_risk:.4f}",
+                    *(f"{each.mixed[other][0]:.4f}" for other in mixed),
+                ]
+                for name, each in rows
+            ],
+        )
+    )
+    console.print()
+    console.print(
+        _table(
+            ["rejected", "novel", "ambiguous", "either"],
+            [
+                [name, f"{each.novel:.4f}", f"{each.ambiguous:.4f}", f"{each.rejected:.4f}"]
+                for name, each in {"normal": found.normal, **found.outliers}.items()
+            ],
+        )
+    )
+    console.print()
+    console.print(
+        _table(
+            ["class", "images", "accuracy", "coverage", "called novel", "at most"],
+            [
+                [
+                    name,
+                    f"{each.n:,}",
+                    f"{each.accuracy:.4f}",
+                    f"{each.coverage:.4f}",
+                    f"{each.novel:.4f}",
+                    f"{each.at_most:.4f}",
+                ]
+                for name, each in found.classes.items()
+            ],
+        )
+    )
+    console.print()
 
 
 def _verdict_rows(result: Evaluated) -> tuple[list[str], list[list[str]]]:

@@ -145,11 +145,13 @@ class Density(Model):
         likelihood: `exact`, `elbo` or `iwae-K`: what the log-likelihood is.
         latent: dimensions of the Gaussian noise that a sample starts from; 0 without.
         bayes: how training weighs the posterior; None leaves it to the likelihood alone.
+        draws: whether it can draw images.
     """
 
     likelihood: str = "exact"
     latent: int = 0
     bayes: Bayes | None = None
+    draws: bool = True
 
     def forward(self, images: Tensor) -> Scores:
         """Score `images`, uint8 (N, H, W, C), in one pass, under every class."""

@@ -41,6 +41,7 @@ __all__ = [
     "Labelled",
     "Labelling",
     "check_priors",
+    "confidence",
     "credible",
     "fit_temperature",
     "label",
@@ -212,6 +213,30 @@ def label(
         # None at all: the posterior is spread so thinly that no label alone is credible.
         unsure = credible(posterior, label_scores, asked.label_alpha).sum(axis=1) != 1
     return Labelled(posterior, best, novel, unsure & ~novel)
+
+
+def confidence(probability: Floats, p_value: Floats) -> Floats:
+    """How far to trust a label: p(y|x) 2 / (1 + 1/B), B = -e p log p where p < 1/e, else 1.
+
+    1 / (1 + 1/B) is the least probability that the image is normal, if half of all images are:
+    a small p-value says less against it than it seems to. It orders images for acceptance and is
+    no verdict.
+
+    Args:
+        probability: float64 (N,), of the label.
+        p_value: float64 (N,), in (0, 1].
+
+    Returns:
+        float64 (N,), in [0, 1].
+
+    References:
+        "Calibration of p Values for Testing Precise Null Hypotheses" (Sellke, Bayarri, Berger,
+        2001)
+    """
+    small = np.minimum(p_value, math.exp(-1))
+    bound = -math.e * small * np.log(small)
+    trust: Floats = probability * 2 * bound / (1 + bound)
+    return trust
 
 
 def check_priors(given: Mapping[str, float], classes: Sequence[str]) -> tuple[float, ...]:

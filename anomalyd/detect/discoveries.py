@@ -9,7 +9,7 @@ Whether test images are exchangeable with the calibration images, the rate of fa
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.float64]
 
-__all__ = ["SHARE", "SPLITS", "Discoveries", "discoveries"]
+__all__ = ["SHARE", "SPLITS", "Discoveries", "discoveries", "discoveries_given"]
 
 SHARE = 0.1  # of outliers in a batch
 SPLITS = 200
@@ -74,19 +74,61 @@ def discoveries(
     Returns:
         name of set -> what was found.
     """
-    rng = np.random.default_rng(seed)
     pool, n = np.concatenate([calibration, normal]), len(calibration)
+
+    def split(rng: np.random.Generator) -> tuple[Floats, Callable[[Floats], Floats]]:
+        mixed = rng.permutation(pool)
+        ranked = np.sort(mixed[:n])
+        return mixed[n:], lambda scores: conformal.p_values(scores, ranked, p_table)
+
+    return _simulated(split, len(normal), outliers, q, share, splits, seed)
+
+
+def discoveries_given(
+    normal: Floats,
+    outliers: Mapping[str, Floats],
+    q: float,
+    *,
+    share: float = SHARE,
+    splits: int = SPLITS,
+    seed: int = 0,
+) -> dict[str, Discoveries]:
+    """The same from p-values, by the calibration set that there is: only batches are drawn.
+
+    For verdicts that rest on calibration class by class, where normal images without a class
+    cannot be pooled.
+
+    Args:
+        normal: float64 (N,), p-values of normal test images.
+        outliers: name of set -> float64 (M,), p-values.
+        q, share, splits, seed: as for `discoveries`.
+    """
+
+    def split(rng: np.random.Generator) -> tuple[Floats, Callable[[Floats], Floats]]:
+        return rng.permutation(normal), lambda p_values: p_values
+
+    return _simulated(split, len(normal), outliers, q, share, splits, seed)
+
+
+def _simulated(
+    split: Callable[[np.random.Generator], tuple[Floats, Callable[[Floats], Floats]]],
+    normals: int,
+    outliers: Mapping[str, Floats],
+    q: float,
+    share: float,
+    splits: int,
+    seed: int,
+) -> dict[str, Discoveries]:
+    rng = np.random.default_rng(seed)
     false_share: dict[str, list[float]] = {name: [] for name in outliers}
     caught: dict[str, list[float]] = {name: [] for name in outliers}
-    sizes = {name: _sizes(len(normal), len(scores), share) for name, scores in outliers.items()}
+    sizes = {name: _sizes(normals, len(scores), share) for name, scores in outliers.items()}
     for _ in range(splits):
-        mixed = rng.permutation(pool)
-        ranked, rest = np.sort(mixed[:n]), mixed[n:]
+        rest, p_values = split(rng)
         for name, scores in outliers.items():
             usual, strange = sizes[name]
             batch = np.concatenate([rest[:usual], rng.choice(scores, strange, replace=False)])
-            q_values = conformal.benjamini_hochberg(conformal.p_values(batch, ranked, p_table))
-            flagged = q_values <= q
+            flagged = conformal.benjamini_hochberg(p_values(batch)) <= q
             false_share[name].append(flagged[:usual].sum() / max(1, flagged.sum()))
             caught[name].append(flagged[usual:].mean())
     return {

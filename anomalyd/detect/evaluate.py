@@ -8,25 +8,35 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from anomalyd.detect import conformal
-from anomalyd.detect.discoveries import SHARE, SPLITS, Discoveries, discoveries
+from anomalyd.detect import bayes, conformal
+from anomalyd.detect.classification import Classification, Said, classification
+from anomalyd.detect.discoveries import (
+    SHARE,
+    SPLITS,
+    Discoveries,
+    discoveries,
+    discoveries_given,
+)
+from anomalyd.detect.golden import open_session
 from anomalyd.detect.localisation import FALSE_POSITIVES, Localisation, PixelCounts
 from anomalyd.detect.measures import Separation, separation
 from anomalyd.detect.metadata import Telltale, telltale
 from anomalyd.detect.pipeline import Slab, item_name, maps_of, scored
 from anomalyd.detect.statistics import finite
-from anomalyd.errors import ImageError, SourceError, UsageError
+from anomalyd.errors import BundleError, ImageError, SourceError, UsageError
 from anomalyd.images import read_header, to_mask
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from anomalyd.detect.bayes import Labelled, Labelling
+    from anomalyd.detect.bundle import Bundle
     from anomalyd.detect.detector import Detector, Judged
     from anomalyd.detect.runtime import Raw
     from anomalyd.images import Header
@@ -36,6 +46,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ALPHAS",
+    "Baseline",
     "Evaluated",
     "Level",
     "OutlierSet",
@@ -157,6 +168,7 @@ class Evaluated:
         seen: name of set -> images dropped because training or calibration has seen them.
         unreadable: (name, reason) of what could not be read.
         warnings: what makes the numbers doubtful, one sentence each.
+        classification: how good labels and rejections are; None where they were not asked for.
     """
 
     bundle: str
@@ -172,6 +184,7 @@ class Evaluated:
     seen: dict[str, list[str]]
     unreadable: list[tuple[str, str]]
     warnings: list[str]
+    classification: Classification | None = None
 
     @property
     def level(self) -> Level:
@@ -225,6 +238,8 @@ class Evaluated:
             "seen": {name: len(names) for name, names in self.seen.items()},
             "warnings": self.warnings,
         }
+        if self.classification is not None:
+            printed["classification"] = self.classification.to_dict()
         if self.localisation is not None:
             printed["pixel_auroc"] = {name: found.pixel_auroc for name, found in located.items()}
             printed["aupro"] = {name: found.aupro for name, found in located.items()}
@@ -262,6 +277,8 @@ def evaluate(
     base_rate: float | None = None,
     limit: int | None = None,
     seed: int = 0,
+    labelling: Labelling | None = None,
+    baseline: Baseline | None = None,
     progress: Callable[[int], object] = lambda _: None,
 ) -> Evaluated:
     """Score normal images and sets of outliers, and compare.
@@ -277,10 +294,14 @@ def evaluate(
         base_rate: the share of outliers that AUPR is stated for; None takes each set's own.
         limit: take a random sample of this many images of each set.
         seed: of those samples, and of the batches.
+        labelling: what is asked of labels, from `Detector.labelling`; then the normal images have
+            classes. None measures no labels.
+        baseline: a classifier to measure beside the bundle, with `labelling` alone.
         progress: called with the number of images done.
 
     Raises:
-        SourceError: a set with nothing readable in it, or more than 1 % of it seen before.
+        SourceError: a set with nothing readable in it, or more than 1 % of it seen before; with
+            `labelling` a normal image without a class, or of one that the bundle does not know.
         AlphaUnreachable: an alpha, or an fdr, that the calibration set is too small for.
         UsageError: an alpha, fdr or base rate outside (0, 1), a limit below 1.
     """
@@ -306,21 +327,27 @@ def evaluate(
         reading.check(f"{name} {source.name}")
         return reading
 
-    usual = read(_Reading(detector, strange=False, masks=marks), NORMAL, normal)
+    asked = None if labelling is None else _Asked(level, labelling, baseline)
+    usual = read(_Reading(detector, strange=False, masks=marks, asked=asked), NORMAL, normal)
     found = {
-        name: read(_Reading(detector, strange=True, masks=marks), name, source)
+        name: read(_Reading(detector, strange=True, masks=marks, asked=asked), name, source)
         for name, source in outliers.items()
     }
     normals, samples = usual.sample(), {name: each.sample() for name, each in found.items()}
     verdict = detector.manifest.score_name
-    batches = discoveries(
-        detector.calibration.scores,
-        normals.scores[verdict],
-        {name: each.scores[verdict] for name, each in samples.items()},
-        detector.calibration.p_table,
-        q,
-        seed=seed,
-    )
+    if detector.labels:
+        batches = discoveries_given(
+            normals.p_values, {name: each.p_values for name, each in samples.items()}, q, seed=seed
+        )
+    else:
+        batches = discoveries(
+            detector.calibration.scores,
+            normals.scores[verdict],
+            {name: each.scores[verdict] for name, each in samples.items()},
+            detector.calibration.p_table,
+            q,
+            seed=seed,
+        )
 
     def compared(name: str) -> OutlierSet:
         strange = samples[name]
@@ -334,7 +361,7 @@ def evaluate(
         return OutlierSet(strange, rate, scores, batches[name], told, pixels)
 
     sets = {name: compared(name) for name in samples}
-    smallest = detector.calibration.p_table[0]
+    smallest = conformal.smallest_alpha(detector.calibrated_on, detector.confidence)
     alphas = sorted({level, *(each for each in ALPHAS if each >= smallest)})
     unfamiliar = sum(each.unfamiliar for each in (usual, *found.values()))
     levels = [_level(detector, each, normals, samples) for each in alphas]
@@ -356,6 +383,7 @@ def evaluate(
             *_unlocalised(masks, found, has_maps=has_maps),
             *filter(None, [detector.size_warning(unfamiliar)]),
         ],
+        classification=None if asked is None else _classification(detector, asked, usual, found),
     )
 
 
@@ -390,6 +418,78 @@ def _picked(source: Source, places: list[int]) -> Iterator[Item]:
                 return
 
 
+class Baseline:
+    """A softmax classifier, run on the same images as the bundle.
+
+    Args:
+        bundle: a classifier of the same images and classes.
+        detector: the bundle that is evaluated.
+        device: as for `Detector.load`.
+
+    Raises:
+        BundleError: it is no classifier, or of other images or classes.
+    """
+
+    def __init__(self, bundle: Bundle, detector: Detector, *, device: str = "auto") -> None:
+        theirs, ours = bundle.manifest, detector.manifest
+        for what, found, wanted in (
+            ("kind", theirs.kind, "classifier"),
+            ("image", theirs.image, ours.image),
+            ("classes", theirs.classes, ours.classes),
+        ):
+            if found != wanted:
+                raise BundleError(
+                    f"--baseline {bundle.path}: its {what} is {found}, not {wanted}; give a "
+                    "classifier trained on the same images and classes"
+                )
+        self.name = theirs.name
+        self._session = open_session(bundle, device=device)
+
+    def said(self, images: NDArray[np.uint8]) -> Said:
+        """What it says of images (N, H, W, C): it calls none novel or ambiguous."""
+        posterior = np.exp(
+            cast("Floats", self._session.run(images).log_posterior), dtype=np.float64
+        )
+        none = np.zeros(len(images), np.bool_)
+        return Said(posterior, np.ones(len(images)), none, none, posterior > 1)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What is asked of labels."""
+
+    alpha: float
+    labelling: Labelling
+    baseline: Baseline | None
+
+
+def _classification(
+    detector: Detector, asked: _Asked, usual: _Reading, found: Mapping[str, _Reading]
+) -> Classification:
+    baseline = None
+    if asked.baseline is not None:
+        others = {name: _joined(reading.baseline) for name, reading in found.items()}
+        baseline = (asked.baseline.name, _joined(usual.baseline), others)
+    return classification(
+        _joined(usual.said),
+        np.array(usual.truth, np.intp),
+        {name: _joined(reading.said) for name, reading in found.items()},
+        classes=detector.classes,
+        counts=cast("NDArray[np.int64]", detector.calibration.class_counts),
+        alpha=asked.alpha,
+        label_alpha=asked.labelling.label_alpha,
+        confidence=detector.confidence,
+        approximate=detector.manifest.likelihood != "exact",
+        baseline=baseline,
+    )
+
+
+def _joined(parts: list[Said]) -> Said:
+    return Said(
+        *(np.concatenate([getattr(part, each.name) for part in parts]) for each in fields(Said))
+    )
+
+
 class _Reading:
     """One set while it is read; images that training or calibration has seen count nowhere.
 
@@ -399,12 +499,23 @@ class _Reading:
         headers: one an image.
         pixels: those of normal images, or of the outliers that have a mask.
         masked, maskless: outliers with a mask and without.
+        truth: the classes of normal images, and
+        said, baseline: what is said of all, where labels are measured.
     """
 
     def __init__(
-        self, detector: Detector, *, strange: bool, masks: Mapping[str, Path] | None
+        self,
+        detector: Detector,
+        *,
+        strange: bool,
+        masks: Mapping[str, Path] | None,
+        asked: _Asked | None = None,
     ) -> None:
         self._detector = detector
+        self._asked = asked
+        self.truth: list[int] = []
+        self.said: list[Said] = []
+        self.baseline: list[Said] = []
         self._strange = strange
         self._masks = masks
         calibration = detector.calibration
@@ -438,6 +549,8 @@ class _Reading:
         self._scores.append(_all_scores(self._detector, raw, judged))
         self._keep_extremes(judged.score, [items[i] for i in rows])
         self.headers += [read_header(items[i].payload) for i in rows]
+        if self._asked is not None:
+            self._label(self._asked, slab, raw, judged.p_value, rows)
         if self._masks is not None:
             maps = maps_of(slab)
             for i in rows:
@@ -470,6 +583,35 @@ class _Reading:
     def bits_per_dim(self) -> float:
         """Their mean."""
         return float(np.mean(np.concatenate([part.bits_per_dim for part in self._judged])))
+
+    def _label(
+        self, asked: _Asked, slab: Slab, raw: Raw, p_value: Floats, rows: list[int]
+    ) -> None:
+        """Take what is said of labels."""
+        detector = self._detector
+        labelled = cast("Labelled", detector.columns(raw, asked.alpha, asked.labelling).labelled)
+        credible = bayes.credible(
+            labelled.posterior,
+            cast("Floats", detector.calibration.label_scores),
+            asked.labelling.label_alpha,
+        )
+        self.said.append(
+            Said(labelled.posterior, p_value, labelled.novel, labelled.ambiguous, credible)
+        )
+        if asked.baseline is not None:
+            self.baseline.append(asked.baseline.said(np.asarray(slab.pixels)[rows]))
+        if self._strange:
+            return
+        places = {name: place for place, name in enumerate(detector.classes)}
+        for i in rows:
+            item = slab.items[slab.readable[i]]
+            if item.label not in places:
+                what = "has no label" if item.label is None else f"is labelled {item.label!r}"
+                raise SourceError(
+                    f"{item_name(item)} {what}; the classes of bundle {detector.path} are "
+                    f"{', '.join(detector.classes)}"
+                )
+            self.truth.append(places[item.label])
 
     def _keep_extremes(self, score: Floats, items: list[Item]) -> None:
         rank = score if self._strange else -score
@@ -522,7 +664,7 @@ def _level(
 
 
 def _false_discovery_rate(detector: Detector, asked: float | None) -> float:
-    n, confidence = detector.manifest.calibration_n, detector.confidence
+    n, confidence = detector.calibrated_on, detector.confidence
     if asked is None:
         return max(FDR, conformal.smallest_alpha(n, confidence))
     return conformal.check_alpha(asked, n, confidence, what="--fdr")

@@ -78,6 +78,7 @@ class Trained:
         splits: who saw which image.
         classes: names of the classes; empty without.
         labels: int64 (N,), the class of each image; None without.
+        priors: p(y) of each class, given or counted in the training split; None without.
         outcome: how the run ended.
     """
 
@@ -88,14 +89,8 @@ class Trained:
     splits: Splits
     classes: list[str]
     labels: NDArray[np.int64] | None
+    priors: list[float] | None
     outcome: Outcome
-
-    @property
-    def priors(self) -> list[float] | None:
-        """p(y), as counted in the training split."""
-        if self.labels is None:
-            return None
-        return class_shares(self.labels[self.splits.train], len(self.classes))
 
 
 @dataclass(frozen=True)
@@ -120,7 +115,7 @@ def graphs(model: Model) -> dict[str, bytes]:
         ExportError: a graph cannot be expressed.
     """
     files = {"model.onnx": to_onnx(model)}
-    if isinstance(model, Density):
+    if isinstance(model, Density) and model.draws:
         files |= {"sampler.onnx": to_sampler(model), **to_steps(model)}
     return files
 
@@ -144,6 +139,7 @@ def write(
     out: Path,
     folder: Path,
     init: str | None = None,
+    history: str | None = None,
 ) -> None:
     """Write the bundle `out`, and the report on its strangest images into `folder`.
 
@@ -155,6 +151,7 @@ def write(
         out: the bundle's folder.
         folder: the run's folder.
         init: the bundle that the weights started from.
+        history: of weights that were not trained here, the card's section on it.
 
     Raises:
         ExportError: onnxruntime does not give torch's numbers.
@@ -184,7 +181,8 @@ def write(
         accuracy=test.accuracy,
         init=init,
         minutes_before=card.minutes_of(_card(init)) if init else 0.0,
-        history=card.history_of(_card(init)) if init and not trained.outcome.budget else None,
+        history=card.history_of(_card(init)) if init and not trained.outcome.budget else history,
+        draws="sampler.onnx" in files,
     )
     manifest = _manifest(trained, out.name, session, test, licence, temperature)
     if model.kind == "density":
@@ -193,7 +191,8 @@ def write(
         )
         if texture is not None:
             files["texture.npz"] = texture.pack()
-        files["samples.png"] = samples(manifest, files)
+        if "sampler.onnx" in files:
+            files["samples.png"] = samples(manifest, files)
     else:
         calibration = bundles.Calibration.hashes_alone(*_hashes(images, splits))
         text = card.write_plain_card(manifest, about)
@@ -210,8 +209,8 @@ def write(
         },
     )
     forget(folder)
-    (folder / "checkpoint.safetensors").unlink()
-    (folder / "job.json").unlink()
+    (folder / "checkpoint.safetensors").unlink(missing_ok=True)
+    (folder / "job.json").unlink(missing_ok=True)
     if test.bits_per_dim is not None:
         by_bayes = f", accuracy {test.accuracy:.4f}" if test.accuracy is not None else ""
         say(f"{out}: {test.bits_per_dim:.4f} bits/dim{by_bayes} on the test split")

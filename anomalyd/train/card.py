@@ -9,13 +9,25 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from anomalyd.errors import BundleError
+
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from numpy.typing import NDArray
 
     from anomalyd.detect.bundle import Manifest
     from anomalyd.train.report import Strange
 
-__all__ = ["Training", "history_of", "minutes_of", "write_card", "write_plain_card"]
+__all__ = [
+    "Training",
+    "composed",
+    "history_of",
+    "made_from",
+    "minutes_of",
+    "write_card",
+    "write_plain_card",
+]
 
 
 HISTORY = "## How it was made"
@@ -43,6 +55,7 @@ class Training:
         test: images in the test split, 0 where there is none.
         accuracy: of a classifier on the test split.
         history: of weights that were taken as they are, the section of their card that tells it.
+        draws: whether images can be drawn from it.
     """
 
     model: str
@@ -62,11 +75,44 @@ class Training:
     init: str | None = None
     minutes_before: float = 0.0
     history: str | None = None
+    draws: bool = True
 
 
 def history_of(card: str) -> str:
     """Return the section of a card that says how its weights came about."""
     return card[card.index(HISTORY) :]
+
+
+def made_from(card: str) -> tuple[str, str | None]:
+    """Return the DATA and the --group of the command that a card ends with.
+
+    Raises:
+        BundleError: it ends with none.
+    """
+    found = re.search(r"^    anomalyd train (.*)$", card, re.MULTILINE)
+    if found is None:
+        raise BundleError("CARD.md: no command that says which data the bundle was trained on")
+    data, *options = shlex.split(found[1])
+    return data, options[options.index("--group") + 1] if "--group" in options else None
+
+
+def composed(classifier: Path, density: Path, cards: list[str]) -> str:
+    """Return the section on how a composed bundle came about, from the cards of its parts."""
+    minutes = sum(map(minutes_of, cards))
+    return f"""{HISTORY}
+
+| | |
+|---|---|
+| classifier | `{classifier}`: p(y|x), and with it the accuracy |
+| density | `{density}`: p(x), and with it bits per dimension |
+| training | {minutes:.1f} minutes, those of its parts; it was not trained itself |
+
+log p(x|y) = log p(y|x) + log p(x) - log p(y), p(y) the share of y among the training images. The \
+accuracy is the classifier's: what is new is p(x|y), and the rejection of what fits no class. \
+One command makes it again:
+
+    anomalyd compose {classifier} {density} --out again
+"""
 
 
 def minutes_of(card: str) -> float:
@@ -135,13 +181,7 @@ or product they are not: run `anomalyd calibrate` on new normal images.
 {histogram(scores, threshold)}
 ```
 
-## Drawn from it
-
-![Sixteen images drawn at temperature 1](samples.png)
-
-The first sixteen that `anomalyd sample` draws, at temperature 1.
-
-## Strangest held-out normal images
+{_drawn(training)}## Strangest held-out normal images
 
 Real folders of normal images hide a few that are not. Look at these; names of wrong ones go into \
 a file for `anomalyd train --exclude FILE`. At {len(strangest)} of {manifest.calibration_n:,}, \
@@ -152,6 +192,18 @@ small p-values are expected: they are the {len(strangest)} smallest.
 {strange}
 
 {_history(manifest, training)}"""
+
+
+def _drawn(training: Training) -> str:
+    if not training.draws:
+        return ""
+    return """## Drawn from it
+
+![Sixteen images drawn at temperature 1](samples.png)
+
+The first sixteen that `anomalyd sample` draws, at temperature 1.
+
+"""
 
 
 def _labels(manifest: Manifest, training: Training) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from anomalyd.detect import bundle as bundles
+from anomalyd.detect.bayes import check_priors
 from anomalyd.detect.golden import check_golden
 from anomalyd.detect.runtime import Session, available_cpus
 from anomalyd.errors import (
@@ -18,23 +19,28 @@ from anomalyd.errors import (
     ExportError,
     ImageError,
     SourceError,
-    TrainingError,
     UsageError,
 )
 from anomalyd.images import ImageSpec, decode
 from anomalyd.sources import open_source
 from anomalyd.train import loop
 from anomalyd.train.bundling import SPLITS, Trained, class_shares, graphs, samples, write
-from anomalyd.train.data import TrainingData, excluded, gather, reopen
+from anomalyd.train.data import claim, classes_of, excluded, gather, reopen
 from anomalyd.train.export import check_parity, outputs_of
 from anomalyd.train.models import assemble
 from anomalyd.train.progress import counting, say, training
-from anomalyd.train.recipe import Recipe, default_recipe, parse_recipe, read_recipe
+from anomalyd.train.recipe import (
+    Recipe,
+    default_recipe,
+    parse_recipe,
+    read_recipe,
+    recipe_of,
+)
 from anomalyd.train.splits import near_duplicates, split
 from anomalyd.train.weights import load_weights, start_from, unpack_weights
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
+    from collections.abc import Mapping
 
     from anomalyd.density.base import Model
     from anomalyd.sources import Source
@@ -64,6 +70,7 @@ def train(
     seed: int | None = None,
     on_mismatch: str | None = None,
     shrink: int | None = None,
+    priors: Mapping[str, float] | None = None,
     licence: str | None = None,
 ) -> int:
     """Train a model on normal images and write a bundle, calibrated where it is a density.
@@ -79,6 +86,8 @@ def train(
     """
     if minutes is not None and epochs is not None:
         raise UsageError("--minutes and --epochs contradict each other; give one of them")
+    if priors and not labels:
+        raise UsageError("--prior: only classes have priors; add --labels")
     if out.exists():
         raise UsageError(f"--out {out} exists; choose another name or remove it first")
     folder = out.with_name(f"{out.name}.run")
@@ -98,8 +107,8 @@ def train(
     # A wrong option is told before images are read; two classes stand for those to be found.
     _check_tiles(assemble(chosen, spec, 2 if labels else 0), spec)
     start = str(init) if init else None
-    job = _Job(data, chosen.to_toml(), labels, minutes, start, licence, group)
-    _claim(folder)
+    job = _Job(data, chosen.to_toml(), labels, minutes, start, licence, group, dict(priors or {}))
+    claim(folder)
     with counting("decoding", len(source)) as advance:
         gather(source, spec, folder, exclude=excluded(exclude), advance=advance)
     job.write(folder)
@@ -117,6 +126,7 @@ class _Job:
     init: str | None = None
     licence: str | None = None
     group: str | None = None
+    priors: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
         # Written last: a run folder without it holds no complete set of images.
@@ -139,18 +149,6 @@ class _Job:
             ) from error
 
 
-def _claim(folder: Path) -> None:
-    """Make the run folder, unless a run that could be resumed lives there."""
-    if (folder / "job.json").exists():
-        raise UsageError(
-            f"{folder} holds an interrupted run; continue it with --resume, or remove it"
-        )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"{folder} cannot be made: {error.strerror}") from error
-
-
 def _chosen(
     model: str | None,
     path: Path | None,
@@ -162,7 +160,7 @@ def _chosen(
     """Find the recipe: a file, else that of the bundle to start from, else the model's own."""
     if path is not None:
         recipe = read_recipe(path)
-    elif init is not None and model in (None, (theirs := _recipe_of(init)).model):
+    elif init is not None and model in (None, (theirs := recipe_of(init)).model):
         recipe = theirs
     elif model is not None:
         recipe = default_recipe(model)
@@ -241,8 +239,12 @@ def _run(job: _Job, out: Path, folder: Path, *, device: str, resume: bool) -> in
         )
     torch.set_num_threads(available_cpus())
     torch.manual_seed(recipe.train.seed)
-    classes, labels = _classes(images) if job.labels else ([], None)
-    priors = None if labels is None else class_shares(labels[splits.train], len(classes))
+    classes, labels = classes_of(images) if job.labels else ([], None)
+    priors = None
+    if labels is not None:
+        priors = class_shares(labels[splits.train], len(classes))
+        if job.priors:
+            priors = list(check_priors(job.priors, classes))
     model = assemble(recipe, spec, len(classes), priors)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     say(
@@ -273,9 +275,9 @@ def _run(job: _Job, out: Path, folder: Path, *, device: str, resume: bool) -> in
         raise
     epochs = round(outcome.budget / outcome.steps_per_epoch, 3)
     if job.init and not outcome.budget:  # made anew: its weights were trained as they were
-        epochs = _recipe_of(Path(job.init)).train.epochs
+        epochs = recipe_of(Path(job.init)).train.epochs
     recipe = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, epochs=epochs))
-    trained = Trained(model, recipe, spec, images, splits, classes, labels, outcome)
+    trained = Trained(model, recipe, spec, images, splits, classes, labels, priors, outcome)
     write(
         trained,
         data=job.data,
@@ -290,35 +292,12 @@ def _run(job: _Job, out: Path, folder: Path, *, device: str, resume: bool) -> in
     return 3 if images.unreadable else 0
 
 
-def _classes(images: TrainingData) -> tuple[list[str], NDArray[np.int64]]:
-    """Return the names of the classes in order, and the class of each image."""
-    missing = [name for name, label in zip(images.names, images.labels, strict=True) if not label]
-    if missing:
-        raise TrainingError(
-            f"--labels: {len(missing):,} images have no label, {missing[0]} the first; label them "
-            "or leave them out with --exclude"
-        )
-    found = {str(label) for label in images.labels}
-    # Numbers in the order of numbers, then words.
-    names = sorted(found, key=lambda name: (name.isdigit() and int(name), name))
-    if len(names) < 2:
-        raise TrainingError(f"--labels: there is one class only, {names[0]!r}; train without it")
-    index = {name: place for place, name in enumerate(names)}
-    return names, np.array([index[str(label)] for label in images.labels], np.int64)
-
-
-def _recipe_of(bundle: Path) -> Recipe:
-    """Return the recipe that a bundle was trained by."""
-    text = bundles.read_bundle(bundle).read("recipe.toml").decode()
-    return parse_recipe(text, f"{bundle}/recipe.toml")
-
-
 def _start_from(model: Model, recipe: Recipe, init: Path) -> None:
     """Take the weights of a bundle: all of them, or of another model those that fit."""
     weights = bundles.read_bundle(init).read("weights.safetensors")
     taken = start_from(model, unpack_weights(weights, str(init)))
     if len(taken) < len(model.state_dict()):
-        theirs = _recipe_of(init).model
+        theirs = recipe_of(init).model
         say(f"{len(taken)} tensors of {init} ({theirs}) are the start of this {recipe.model}")
 
 
@@ -329,7 +308,7 @@ def export(bundle: Path) -> int:
         ExportError: the new graph does not reproduce the bundle's golden scores.
     """
     old = bundles.read_bundle(bundle)
-    recipe, manifest = _recipe_of(bundle), old.manifest
+    recipe, manifest = recipe_of(bundle), old.manifest
     model = assemble(recipe, manifest.image, len(manifest.classes or ()))
     load_weights(model, old.read("weights.safetensors"), str(bundle))
     files = graphs(model)
@@ -340,7 +319,7 @@ def export(bundle: Path) -> int:
         raise ExportError(
             f"{bundle}: {error}; nothing was written; train or calibrate anew"
         ) from error
-    if manifest.kind == "density":
+    if "sampler.onnx" in files:
         files["samples.png"] = samples(manifest, files)
     kept = {name: old.read(name) for name in manifest.files}
     bundles.write_bundle(bundle, manifest, kept | files, replace=True)

@@ -293,3 +293,32 @@ def _decoded(
             yield item, future.result()
             for following in islice(items, 1):
                 ahead.append((following, pool.submit(decode, following)))
+
+
+def claim(folder: Path) -> None:
+    """Make the run folder, unless a run that could be resumed lives there."""
+    if (folder / "job.json").exists():
+        raise UsageError(
+            f"{folder} holds an interrupted run; continue it with --resume, or remove it"
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{folder} cannot be made: {error.strerror}") from error
+
+
+def classes_of(images: TrainingData) -> tuple[list[str], NDArray[np.int64]]:
+    """Return the names of the classes in order, and the class of each image."""
+    missing = [name for name, label in zip(images.names, images.labels, strict=True) if not label]
+    if missing:
+        raise TrainingError(
+            f"--labels: {len(missing):,} images have no label, {missing[0]} the first; label them "
+            "or leave them out with --exclude"
+        )
+    found = {str(label) for label in images.labels}
+    # Numbers in the order of numbers, then words.
+    names = sorted(found, key=lambda name: (name.isdigit() and int(name), name))
+    if len(names) < 2:
+        raise TrainingError(f"--labels: there is one class only, {names[0]!r}; train without it")
+    index = {name: place for place, name in enumerate(names)}
+    return names, np.array([index[str(label)] for label in images.labels], np.int64)

@@ -45,13 +45,14 @@ def assemble(
         recipe: every setting.
         spec: image shape and levels.
         classes: K where the images are labelled, 0 where they are not.
-        priors: p(y) of each class, where training weighs the posterior.
+        priors: p(y) of each class, where training weighs the posterior or a classifier is joined.
 
     Raises:
         UsageError: as `build`; companions of what is no density, nothing left to train, a
             posterior without classes.
     """
-    model = build(recipe.model, spec, recipe.density, classes)
+    composed = recipe.classifier is not None
+    model = build(recipe.model, spec, recipe.density, 0 if composed else classes)
     if recipe.train.bayes:
         if not classes or model.kind != "density":
             raise UsageError(
@@ -74,6 +75,11 @@ def assemble(
         local = build("pixelcnn", spec, recipe.local)
         vae = None if recipe.vae is None else build("vae", spec, recipe.vae)
         model = Companions(model, local, vae)  # type: ignore[arg-type]
+    if composed:
+        from anomalyd.density.composed import Composed
+
+        classifier = build("classifier", spec, recipe.classifier or {}, classes)
+        return Composed(model, classifier, priors)  # type: ignore[arg-type]
     for part in recipe.train.frozen:
         check_key(part, [name for name, _ in model.named_children()], "recipe [train] frozen")
         model.get_submodule(part).requires_grad_(False)

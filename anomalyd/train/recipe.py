@@ -5,6 +5,7 @@ model = "gated-pixelcnn"
 [density]    keyword arguments of the density's class
 [local]      of a PixelCNN beside it, and
 [vae]        of a variational autoencoder: companions, each where its table stands
+[classifier] of what tells classes apart, where the density was composed with one
 [train]      anomalyd.train.settings.TrainSettings
 """
 
@@ -17,6 +18,7 @@ from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 from anomalyd.config import check_key, from_table
+from anomalyd.detect.bundle import read_bundle
 from anomalyd.errors import UsageError
 from anomalyd.train.models import MODELS
 from anomalyd.train.settings import TrainSettings
@@ -24,10 +26,10 @@ from anomalyd.train.settings import TrainSettings
 if TYPE_CHECKING:
     from pathlib import Path
 
-__all__ = ["Recipe", "default_recipe", "read_recipe"]
+__all__ = ["Recipe", "default_recipe", "parse_recipe", "read_recipe", "recipe_of"]
 
 IMAGE_KEYS = ("height", "width", "channels", "levels", "resize", "on_mismatch", "shrink")
-TABLES = ("model", "image", "density", "local", "vae", "train")
+TABLES = ("model", "image", "density", "local", "vae", "classifier", "train")
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class Recipe:
     density: dict[str, Any] = field(default_factory=dict)
     local: dict[str, Any] | None = None
     vae: dict[str, Any] | None = None
+    classifier: dict[str, Any] | None = None
     train: TrainSettings = field(default_factory=TrainSettings)
 
     def to_toml(self) -> str:
@@ -49,6 +52,7 @@ class Recipe:
             ("density", self.density),
             ("local", self.local),
             ("vae", self.vae),
+            ("classifier", self.classifier),
             ("train", asdict(self.train)),
         ):
             if table is None:
@@ -83,6 +87,12 @@ def read_recipe(path: Path) -> Recipe:
     return parse_recipe(text, str(path))
 
 
+def recipe_of(bundle: Path) -> Recipe:
+    """Return the recipe that a bundle was trained by."""
+    text = read_bundle(bundle).read("recipe.toml").decode()
+    return parse_recipe(text, f"{bundle}/recipe.toml")
+
+
 def parse_recipe(text: str, where: str) -> Recipe:
     """Parse recipe text; `where` names it in errors, which are those of `read_recipe`."""
     try:
@@ -105,6 +115,7 @@ def parse_recipe(text: str, where: str) -> Recipe:
         density=raw.get("density", {}),
         local=raw.get("local"),
         vae=raw.get("vae"),
+        classifier=raw.get("classifier"),
         train=from_table(TrainSettings, raw.get("train", {}), f"{where} [train]"),
     )
 
