@@ -15,7 +15,7 @@ from anomalyd.detect import conformal
 from anomalyd.detect.bundle import Calibration, Guarantee, pack_calibration, write_bundle
 from anomalyd.detect.detector import Detector
 from anomalyd.detect.pipeline import Collected, collect
-from anomalyd.detect.ranks import class_score, enough_to_fit, ranks, ranks_by_class
+from anomalyd.detect.ranks import enough_to_fit, ranks, ranks_by_class
 from anomalyd.errors import CalibrationError, SourceError, UsageError
 
 if TYPE_CHECKING:
@@ -156,13 +156,14 @@ def _refit(detector: Detector, new: Collected) -> tuple[Collected, Calibration]:
             "each are needed; give more images, or more groups, or calibrate without --refit"
         )
     old, raw = detector.calibration, fit.raw
-    known: tuple[NDArray[np.float64], NDArray[np.int64]] | tuple[()] = ()
+    labels = None
     if detector.labels:
-        known = (raw.log_likelihood, _classes(detector, fit))
-        enough_to_fit(known[1], detector.classes)
+        labels = _classes(detector, fit)
+        enough_to_fit(labels, detector.classes)
+    codes = None if old.fit_codes is None else raw.embedding
     calibration = dataclasses.replace(
         old,
-        **Calibration.by_nll(detector.nll(raw), raw.statistics, *known),
+        **Calibration.by_nll(detector.nll(raw), raw.statistics, codes, labels),
         training_hashes=np.union1d(old.training_hashes, fit.hashes),
     )
     return rest, calibration
@@ -173,8 +174,8 @@ def _ranks(detector: Detector, new: Collected, confidence: float | None) -> dict
         return ranks(detector.scores(new.raw), confidence)
     manifest = detector.manifest
     return ranks_by_class(
-        class_score(detector.calibration, manifest.priors),
-        new.raw,
+        detector.scores(new.raw),
+        new.raw.log_likelihood,
         _classes(detector, new),
         classes=detector.classes,
         priors=manifest.priors,

@@ -15,7 +15,6 @@ from anomalyd.detect import bayes, conformal, tiling
 from anomalyd.detect.bayes import Labelling
 from anomalyd.detect.bundle import Bundle, Calibration, Manifest, read_bundle
 from anomalyd.detect.golden import open_session
-from anomalyd.detect.ranks import class_score
 from anomalyd.detect.runtime import Raw, Session
 from anomalyd.detect.statistics import BY_CLASS, finite, make_score, negative_log_likelihood
 from anomalyd.detect.texture import Texture
@@ -120,12 +119,11 @@ class Detector:
         try:
             if self.spec.tiled:
                 self.texture = Texture.unpack(bundle.read("texture.npz"))
-            elif self.labels:
-                self._class_score = class_score(bundle.calibration, bundle.manifest.priors)
             else:
                 self._score = make_score(bundle.manifest.score_name, bundle.calibration.fit)
         except BundleError as error:
             raise BundleError(f"bundle {bundle.path}: {error}") from None
+        self._tables = bundle.calibration.per_class()
         self._fit_statistics = np.sort(bundle.calibration.fit_statistics, axis=0)
 
     @classmethod
@@ -271,25 +269,21 @@ class Detector:
     def columns(self, raw: Raw, alpha: float, asked: Labelling = DEFAULT) -> Judged:
         """The verdicts on N images as arrays."""
         bits_per_dim = self.nll(raw) / (self.dimensions * math.log(2))
-        calibration = self.calibration
-        if not self.labels:
-            score = self.scores(raw)
-            p_value = conformal.p_values(score, calibration.scores, calibration.p_table)
-            return Judged(bits_per_dim, score, p_value, p_value <= alpha)
-        by_class = self._class_score(raw.log_likelihood, raw.statistics)
-        tables = zip(by_class.T, calibration.per_class(), strict=True)
-        # Normal is what fits a class: then none of its own images is rejected more than alpha.
-        p_value = np.max([conformal.p_values(s, *table) for s, table in tables], axis=0)
-        novel = p_value <= alpha
-        labelled = bayes.label(
-            raw.log_likelihood,
-            novel,
-            asked,
-            priors=self.manifest.priors,
-            temperature=cast("float", self.manifest.temperature),
-            label_scores=cast("NDArray[np.float64]", calibration.label_scores),
-        )
-        return Judged(bits_per_dim, by_class.min(axis=1), p_value, novel, labelled)
+        score = self.scores(raw)
+        # The p-value in the class where it is largest: then each class keeps the promise.
+        p_value = np.max([conformal.p_values(score, *table) for table in self._tables], axis=0)
+        outlier = p_value <= alpha
+        labelled = None
+        if self.labels:
+            labelled = bayes.label(
+                raw.log_likelihood,
+                outlier,
+                asked,
+                priors=self.manifest.priors,
+                temperature=cast("float", self.manifest.temperature),
+                label_scores=cast("NDArray[np.float64]", self.calibration.label_scores),
+            )
+        return Judged(bits_per_dim, score, p_value, outlier, labelled)
 
     def judge(self, raw: Raw, alpha: float, asked: Labelling = DEFAULT) -> list[Verdict]:
         """The verdict on each of N images, by raw scores and an alpha from `alpha()`."""
@@ -358,12 +352,7 @@ class Detector:
         """What verdicts rest on: float64 (N,), finite, higher is stranger."""
         if raw.texture is not None:
             return finite(raw.texture)
-        if self.labels:
-            least: NDArray[np.float64] = self._class_score(raw.log_likelihood, raw.statistics).min(
-                axis=1
-            )
-            return least
-        return self._score(self.nll(raw), raw.statistics)
+        return self._score(self.nll(raw), raw.statistics, raw.embedding)
 
     def explain(self, raw: Raw, row: int) -> dict[str, dict[str, Any]]:
         """Each statistic of one image with where it stands among the fit split's.

@@ -82,11 +82,11 @@ def embed(
             "those densities that have one, such as a VAE, do"
         )
     session = open_session(bundle, device=device)
-    probe = session.run(bundle.golden.images[:1], embedding=True).embedding
+    probe = session.run(bundle.golden.images[:1]).embedding
     done = Embedded(0 if probe is None else probe.size)
 
     def rows() -> Iterator[Row]:
-        for slab in scored(session, bundle.manifest.image, source, embedding=True):
+        for slab in scored(session, bundle.manifest.image, source):
             yield from _rows(slab, done.features)
             done.images += len(slab.items)
             done.unreadable += len(slab.errors)

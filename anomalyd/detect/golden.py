@@ -56,7 +56,7 @@ def check_golden(session: Session, manifest: Manifest, golden: Golden) -> None:
         BundleError: an output that is off, and by how much it may be.
     """
     main = OUTPUTS[manifest.kind][0]
-    raw = session.run(golden.images, embedding=main == "embedding")
+    raw = session.run(golden.images)
     provider = session.provider
     for name in (main, "statistics"):
         got, expected = getattr(raw, name), getattr(golden, name)

@@ -14,7 +14,7 @@ from typing import Any, Literal, NoReturn, TypedDict
 import msgspec
 import numpy as np
 
-from anomalyd.detect.statistics import BY_CLASS
+from anomalyd.detect.statistics import BY_CLASS, BY_CODE
 from anomalyd.errors import AnomalydError, BundleError
 from anomalyd.images import ImageSpec
 
@@ -234,6 +234,8 @@ def _density_rules(m: Manifest) -> Iterator[tuple[str, Any, bool, str]]:
         maps = ("nll_map", "excess_map")
         yield "outputs", list(m.outputs), m.outputs.keys() >= {*maps}, f"at least {_listed(maps)}"
     yield "calibration_n", m.calibration_n, m.calibration_n >= 1, "at least 1"
+    if score == BY_CODE:
+        yield "outputs", list(m.outputs), "embedding" in m.outputs, f"with embedding for {score}"
     if score == BY_CLASS:
         yield "classes", m.classes, len(m.classes or ()) > 1, f"two or more for {BY_CLASS}"
         yield "priors", m.priors, m.priors is not None, f"given for {BY_CLASS}"

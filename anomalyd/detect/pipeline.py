@@ -117,7 +117,6 @@ def scored(
     limits: Limits = LIMITS,
     nll_map: bool = False,
     flips: bool = False,
-    embedding: bool = False,
     hashes: bool = False,
     workers: int | None = None,
 ) -> Iterator[Slab]:
@@ -131,7 +130,6 @@ def scored(
         limits: budgets of one image.
         nll_map: fetch per-pixel maps.
         flips: average them over four flips.
-        embedding: fetch the encoder's features.
         hashes: compute content hashes.
         workers: decoding threads; None takes what this process may use.
 
@@ -158,7 +156,6 @@ def scored(
             texture=texture,
             nll_map=nll_map,
             flips=flips,
-            embedding=embedding,
             progress=interrupt,
         )
         return Slab(slab.items, slab.readable, slab.errors, slab.pixels, slab.hashes, raw)

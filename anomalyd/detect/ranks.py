@@ -6,32 +6,18 @@ Training, `calibrate` and `compose` all fill `calibration.npz` here.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from anomalyd.detect import conformal
 from anomalyd.detect.bayes import log_posterior
-from anomalyd.detect.statistics import ClassDensityOfStates
 from anomalyd.errors import CalibrationError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from anomalyd.detect.runtime import Raw
-    from anomalyd.detect.tables import Calibration
-
-__all__ = ["class_score", "enough_to_fit", "ranks", "ranks_by_class"]
-
-
-def class_score(calibration: Calibration, priors: Sequence[float] | None) -> ClassDensityOfStates:
-    """The score of a bundle whose verdicts have labels, by its fit split."""
-    return ClassDensityOfStates(
-        cast("NDArray[np.float64]", calibration.fit_log_likelihood),
-        calibration.fit_statistics,
-        cast("NDArray[np.int64]", calibration.fit_labels),
-        priors,
-    )
+__all__ = ["enough_to_fit", "ranks", "ranks_by_class"]
 
 
 def ranks(scores: NDArray[np.float64], confidence: float | None) -> dict[str, Any]:
@@ -46,8 +32,8 @@ def ranks(scores: NDArray[np.float64], confidence: float | None) -> dict[str, An
 
 
 def ranks_by_class(
-    score: ClassDensityOfStates,
-    raw: Raw,
+    scores: NDArray[np.float64],
+    log_likelihood: NDArray[np.float64],
     labels: NDArray[np.int64],
     *,
     classes: Sequence[str],
@@ -58,8 +44,8 @@ def ranks_by_class(
     """The arrays of a calibration split whose images have classes.
 
     Args:
-        score: fitted to the fit split.
-        raw: raw scores of n images.
+        scores: float64 (n,).
+        log_likelihood: float64 (n, K), nats, of the same images.
         labels: int64 (n,), their classes.
         classes: names of all K.
         priors: p(y).
@@ -76,9 +62,8 @@ def ranks_by_class(
             f"{len(classes)} classes needs {conformal.images_needed(conformal.DEFAULT_ALPHA)} for "
             f"an alpha of {conformal.DEFAULT_ALPHA}; give more labelled images"
         )
-    by_class = score(raw.log_likelihood, raw.statistics)
-    tables = [ranks(by_class[labels == y, y], confidence) for y in range(len(classes))]
-    posterior = np.exp(log_posterior(raw.log_likelihood, priors, temperature))
+    tables = [ranks(scores[labels == y], confidence) for y in range(len(classes))]
+    posterior = np.exp(log_posterior(log_likelihood, priors, temperature))
     truths = 1 - posterior[np.arange(len(labels)), labels]
     return {
         "scores": np.concatenate([table["scores"] for table in tables]),

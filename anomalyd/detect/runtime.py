@@ -23,7 +23,8 @@ __all__ = ["CPU", "CUDA", "DEVICES", "Raw", "Session", "available_cpus", "infere
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
 DEVICES = ("auto", "cpu", "cuda")
-ALWAYS = ("log_likelihood", "log_posterior", "statistics")  # fetched where the graph has them
+ALWAYS = ("log_likelihood", "log_posterior", "statistics", "embedding")
+"""Fetched where the graph has them."""
 FATAL = 4  # onnxruntime's log severity; errors still reach us, as exceptions
 
 # onnxruntime's own exceptions have no base class of theirs; RuntimeError is what options raise.
@@ -51,7 +52,7 @@ class Raw:
         nll_map: float32 (N, H, W), nats per pixel; a list of N float32 (H, W) where images are
             scored in tiles and differ in size; None where it was not asked for.
         log_posterior: float32 (N, K), nats: log p(y|x); None where the graph is no classifier.
-        embedding: float32 (N, E); None where it was not asked for.
+        embedding: float32 (N, E); None where the graph has no encoder.
         excess_map: float32 (N, H, W), standard deviations; None where it was not asked for.
         tiles: int64 (N,), how many tiles each image was cut into; the rows above are then means
             over them. None where images are whole.
@@ -153,7 +154,6 @@ class Session:
         images: NDArray[np.uint8],
         *,
         nll_map: bool = False,
-        embedding: bool = False,
         excess_map: bool = False,
         progress: Callable[[int], object] | None = None,
     ) -> Raw:
@@ -162,7 +162,6 @@ class Session:
         Args:
             images: uint8 (N, H, W, C), N >= 1.
             nll_map: fetch the per-pixel map too.
-            embedding: fetch the encoder's features too.
             excess_map: fetch what of the per-pixel map was not expected too.
             progress: called after each batch with the number of images in it.
 
@@ -174,10 +173,6 @@ class Session:
             if "nll_map" not in self.outputs:
                 raise BundleError("model.onnx has no per-pixel map (nll_map): no heatmaps from it")
             fetch.append("nll_map")
-        if embedding:
-            if "embedding" not in self.outputs:
-                raise BundleError("model.onnx has no encoder (embedding): no features from it")
-            fetch.append("embedding")
         if excess_map:
             if "excess_map" not in self.outputs:
                 raise BundleError("model.onnx does not say what it expects (excess_map): no tiles")

@@ -4,9 +4,10 @@
                         verdict
     typicality          |F(nll) - 1/2|, F the ranks in the fit split: strange on either side
     density_of_states   how far from its nearest normal images, in the space of all statistics
-    class_density_of_states
-                        the same within each class, with what the class has to say: K scores, and
-                        an image is as strange as it is to the class it is least strange to
+    nearest_normals     the same, and how far in the space of codes, either being enough
+    class_nearest_normals
+                        that within each class: an image is as strange as it is to the class that
+                        it suits best
     texture             how unusual the neighbourhoods of a photograph's pixels are (texture.py)
 
 Everything a score needs to know comes from the fit split, never from the calibration split: a
@@ -30,11 +31,13 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.float64]
     Statistics = NDArray[np.float32] | NDArray[np.float64]
+    Codes = Statistics
 
 __all__ = [
     "BY_CLASS",
+    "BY_CODE",
     "SCORES",
-    "ClassDensityOfStates",
+    "ClassNearestNormals",
     "Fit",
     "Score",
     "finite",
@@ -44,8 +47,10 @@ __all__ = [
 ]
 
 LARGEST = float(np.finfo(np.float64).max)
-BY_CLASS = "class_density_of_states"
-"""The score of bundles that reject what fits no class; it is made by `ClassDensityOfStates`."""
+BY_CLASS = "class_nearest_normals"
+"""The score of bundles that reject what fits no class; `ClassNearestNormals` makes it."""
+BY_CODE = "nearest_normals"
+"""The score of bundles that have an encoder."""
 NEIGHBOURS = 5
 BLOCK = 64
 """Images whose distances to the fit split are held at a time."""
@@ -58,16 +63,22 @@ class Fit:
     Attributes:
         nll: float64 (m,), nats.
         statistics: (m, S), row by row of the same images.
+        codes: (m, E), what an encoder makes of them; None without one.
+        labels: int64 (m,), their classes, 0 to K - 1, each at least twice; None without.
     """
 
     nll: Floats
     statistics: Statistics
+    codes: Codes | None = None
+    labels: NDArray[np.int64] | None = None
 
 
 class Score(Protocol):
-    """Negative log-likelihoods, float64 (N,) nats, and statistics (N, S), to scores (N,)."""
+    """Negative log-likelihoods (N,), nats, statistics (N, S) and codes (N, E), to scores (N,)."""
 
-    def __call__(self, nll: Floats, statistics: Statistics) -> Floats: ...
+    def __call__(
+        self, nll: Floats, statistics: Statistics, codes: Codes | None = None
+    ) -> Floats: ...
 
 
 def make_score(name: str, fit: Fit) -> Score:
@@ -75,7 +86,7 @@ def make_score(name: str, fit: Fit) -> Score:
 
     Args:
         name: a key of `SCORES`.
-        fit: normal images, m >= 1.
+        fit: normal images, m >= 1, with what the score needs.
 
     Raises:
         BundleError: no such score in this version.
@@ -129,83 +140,138 @@ class DensityOfStates:
     """
 
     def __init__(self, fit: Fit) -> None:
-        self._cloud = _Cloud(_columns(fit.nll, fit.statistics))
+        columns = _columns(fit.nll, fit.statistics)
+        self._ranks = _ranks(columns)
+        self._cloud = _Cloud(_compared(self._ranks, columns))
 
-    def __call__(self, nll: Floats, statistics: Statistics) -> Floats:
+    def __call__(self, nll: Floats, statistics: Statistics, codes: Codes | None = None) -> Floats:
         """Score N images: float64 (N,), at least 0, finite."""
-        return self._cloud.distance(_columns(nll, statistics))
+        return self._cloud.distance(_compared(self._ranks, _columns(nll, statistics)))
 
 
-class ClassDensityOfStates:
-    """`DensityOfStates` within each class: K scores an image, each of how strange to that class.
+class NearestNormals:
+    """log(exp a + exp b): how strange an image is in its statistics, a, and in its code, b.
 
-    The columns of class y are -log p(x|y), log p(x) - log p(x|y) (what the class fails to explain
-    of what is known) and the statistics, fitted to the images of class y alone. So that classes
-    compare, a distance is replaced by the normal quantile of its rank among those of the class's
-    own fit images, each measured without itself.
+    a is the distance of `DensityOfStates`; b that of the code's direction z / |z| to those of the
+    five nearest normal images. Each is replaced by the normal quantile of its rank among the fit
+    split's own, measured without themselves, and goes on in a straight line beyond: so the two
+    compare, and either is enough. Statistics see how an image departs from normal ones, codes see
+    that nothing normal looks like it.
+
+    It is a score, not p(x), and without meaning across bundles.
+
+    References:
+        as for `DensityOfStates`; codes: "Out-of-Distribution Detection with Deep Nearest
+        Neighbors" (Sun, Ming, Zhu, Li, 2022).
 
     Args:
-        log_likelihood: float64 (m, K), nats, of the fit split.
-        statistics: (m, S), of the same images.
-        labels: int64 (m,), their classes, each of K at least twice.
-        priors: as for `negative_log_likelihood`.
+        fit: normal images, with codes.
     """
 
-    def __init__(
-        self,
-        log_likelihood: Floats,
-        statistics: Statistics,
-        labels: NDArray[np.int64],
-        priors: Sequence[float] | None,
-    ) -> None:
-        self._priors = priors
-        self._clouds: list[_Cloud] = []
-        self._ranks: list[_Gaussian] = []
-        for y in range(log_likelihood.shape[1]):
-            rows = labels == y
-            own = self._columns(log_likelihood[rows], statistics[rows], y)
-            cloud = _Cloud(own)
-            self._clouds.append(cloud)
-            self._ranks.append(_Gaussian(cloud.distance(own, without_itself=True)))
+    def __init__(self, fit: Fit) -> None:
+        if fit.codes is None:
+            raise BundleError(f"score {BY_CODE} needs the codes of the fit split")
+        columns = _columns(fit.nll, fit.statistics)
+        self._ranks = _ranks(columns)
+        self._normals = _Normals(_compared(self._ranks, columns), fit.codes)
 
-    def __call__(self, log_likelihood: Floats, statistics: Statistics) -> Floats:
-        """Score N images against every class: float64 (N, K), higher is stranger, finite."""
-        scores = [
-            rank(cloud.distance(self._columns(log_likelihood, statistics, y)))
-            for y, (cloud, rank) in enumerate(zip(self._clouds, self._ranks, strict=True))
+    def __call__(self, nll: Floats, statistics: Statistics, codes: Codes | None = None) -> Floats:
+        """Score N images: float64 (N,), finite."""
+        return self._normals(_compared(self._ranks, _columns(nll, statistics)), codes)
+
+
+class ClassNearestNormals:
+    """The least of `NearestNormals` over classes: how strange to the class that suits best.
+
+    Columns are made comparable over all classes, then each class has its own normal images, in
+    statistics and in codes, and its own ranks of distances among them.
+
+    Args:
+        fit: normal images with labels; codes are used where there are any.
+    """
+
+    def __init__(self, fit: Fit) -> None:
+        labels = fit.labels
+        if labels is None:
+            raise BundleError(f"score {BY_CLASS} needs the labels of the fit split")
+        columns = _columns(fit.nll, fit.statistics)
+        self._ranks = _ranks(columns)
+        rows = _compared(self._ranks, columns)
+        self._classes = [
+            _Normals(rows[labels == y], None if fit.codes is None else fit.codes[labels == y])
+            for y in range(int(labels.max()) + 1)
         ]
-        return np.stack(scores, axis=1)
 
-    def _columns(self, log_likelihood: Floats, statistics: Statistics, y: int) -> Floats:
-        nll = finite(-log_likelihood[:, y])
-        unexplained = nll - negative_log_likelihood(log_likelihood, self._priors)
-        return np.column_stack([finite(unexplained), _columns(nll, statistics)])
+    def __call__(self, nll: Floats, statistics: Statistics, codes: Codes | None = None) -> Floats:
+        """Score N images: float64 (N,), finite."""
+        rows = _compared(self._ranks, _columns(nll, statistics))
+        least: Floats = np.min([normals(rows, codes) for normals in self._classes], axis=0)
+        return least
+
+
+class _Normals:
+    """Normal images by their comparable columns and codes, and how strange others are to them."""
+
+    def __init__(self, rows: Floats, codes: Codes | None) -> None:
+        self._states = _Ranked(rows)
+        self._codes = None if codes is None else _Ranked(_directions(codes))
+
+    def __call__(self, rows: Floats, codes: Codes | None) -> Floats:
+        states = self._states(rows)
+        if self._codes is None or codes is None:
+            return states
+        strangeness: Floats = np.logaddexp(states, self._codes(_directions(codes)))
+        return strangeness
 
 
 class _Cloud:
-    """Rows of columns made comparable by their ranks, and how far others are from the nearest."""
+    """Rows, and how far others are from the nearest of them."""
 
-    def __init__(self, columns: Floats) -> None:
-        self._ranks = [_Gaussian(column) for column in columns.T]
-        self._rows = self._transform(columns)
-        self._squares = np.square(self._rows).sum(axis=1)
+    def __init__(self, rows: Floats) -> None:
+        self._rows = rows
+        self._squares = np.square(rows).sum(axis=1)
 
-    def distance(self, columns: Floats, *, without_itself: bool = False) -> Floats:
-        """The mean distance to the nearest rows, less the very nearest where that is itself."""
-        at = self._transform(columns)
-        skip = 1 if without_itself else 0
+    def distance(self, at: Floats, *, skip: int = 0) -> Floats:
+        """The mean distance of each row to the nearest ones, after the `skip` very nearest."""
         parts = [self._nearest(at[i : i + BLOCK], skip) for i in range(0, len(at), BLOCK)]
         return np.concatenate(parts) if parts else np.empty(0)
-
-    def _transform(self, columns: Floats) -> Floats:
-        return np.stack([r(c) for r, c in zip(self._ranks, columns.T, strict=True)], axis=1)
 
     def _nearest(self, at: Floats, skip: int) -> Floats:
         squares = np.square(at).sum(axis=1)[:, None] + self._squares - 2 * at @ self._rows.T
         upto = min(NEIGHBOURS + skip, len(self._rows))
-        nearest = np.sort(np.partition(squares, upto - 1, axis=1)[:, :upto], axis=1)[:, skip:]
+        nearest = np.partition(squares, upto - 1, axis=1)[:, :upto]
+        if skip and upto > skip:
+            nearest = np.sort(nearest, axis=1)[:, skip:]
         mean: Floats = np.sqrt(np.maximum(nearest, 0)).mean(axis=1)
         return mean
+
+
+class _Ranked:
+    """The distance to a cloud, as the normal quantile of its rank among the cloud's own."""
+
+    def __init__(self, rows: Floats) -> None:
+        self._cloud = _Cloud(rows)
+        self._rank = _Gaussian(self._cloud.distance(rows, skip=1))
+
+    def __call__(self, at: Floats) -> Floats:
+        return self._rank(self._cloud.distance(at))
+
+
+def _ranks(columns: Floats) -> list[_Gaussian]:
+    return [_Gaussian(column) for column in columns.T]
+
+
+def _compared(ranks: list[_Gaussian], columns: Floats) -> Floats:
+    """Columns in the unit that they share."""
+    return np.stack([rank(c) for rank, c in zip(ranks, columns.T, strict=True)], axis=1)
+
+
+def _directions(codes: Codes) -> Floats:
+    """z / |z|; a code of zeros, or of what is no number, has no direction and stays at zero."""
+    codes = np.nan_to_num(codes.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
+    length = np.sqrt(np.square(codes).sum(axis=1, keepdims=True))
+    directions: Floats = codes / np.where(length > 0, length, 1.0)
+    return directions
 
 
 class _Gaussian:
@@ -284,11 +350,13 @@ def _typicality(fit_nll: Floats) -> Callable[[Floats], Floats]:
 
 
 SCORES: dict[str, Callable[[Fit], Score]] = {
-    "nll": lambda _: lambda nll, _: finite(nll),
+    "nll": lambda _: _by_nll(finite),
     "typicality": lambda fit: _by_nll(_typicality(fit.nll)),
     "density_of_states": DensityOfStates,
+    BY_CODE: NearestNormals,
+    BY_CLASS: ClassNearestNormals,
 }
 
 
 def _by_nll(score: Callable[[Floats], Floats]) -> Score:
-    return lambda nll, _: score(nll)
+    return lambda nll, statistics, codes=None: score(nll)

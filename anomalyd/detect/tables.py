@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from anomalyd.detect.manifest import OUTPUTS, Manifest
 from anomalyd.detect.npz import pack_arrays, unpack_arrays
-from anomalyd.detect.statistics import BY_CLASS, Fit
+from anomalyd.detect.statistics import BY_CLASS, BY_CODE, Fit
 from anomalyd.errors import BundleError
 
 __all__ = [
@@ -35,8 +35,8 @@ _CALIBRATION = {
     "calibration_hashes": ("<u8", 1),
 }
 _TILED = {"tiles": ("<i8", 1)}  # where images are scored in tiles, too
+_BY_CODE = {"fit_codes": ("<f4", 2)}  # where the score compares codes, too
 _BY_CLASS = {  # where verdicts have labels, too
-    "fit_log_likelihood": ("<f8", 2),
     "fit_labels": ("<i8", 1),
     "class_counts": ("<i8", 1),
     "label_scores": ("<f8", 1),
@@ -67,11 +67,12 @@ class Calibration:
         calibration_hashes: uint64, ascending: images of the calibration split.
         tiles: int64 (n,), ascending: how many tiles the calibration images have; None where
             images are not tiled.
-        fit_log_likelihood: float64 (m, K), nats: log p(x|y) of the fit split's images; None, like
-            all that follows, where verdicts have no labels.
-        fit_labels: int64 (m,), their classes.
+        fit_codes: float32 (m, E): the encoder's features of the fit split; None where the score
+            does without.
+        fit_labels: int64 (m,): classes of the fit split; None, like all that follows, where
+            verdicts have no labels.
         class_counts: int64 (K,), calibration images n_y of each class. `scores` then holds those
-            of class 0 against class 0, ascending, then those of class 1, and so on, and `p_table`
+            of class 0, ascending, then those of class 1, and so on, and `p_table`
             K tables of n_y + 1 entries.
         label_scores: float64 (n,), ascending: 1 - p(true label|x) of the calibration split.
     """
@@ -83,7 +84,7 @@ class Calibration:
     training_hashes: NDArray[np.uint64]
     calibration_hashes: NDArray[np.uint64]
     tiles: NDArray[np.int64] | None = None
-    fit_log_likelihood: NDArray[np.float64] | None = None
+    fit_codes: NDArray[np.float32] | None = None
     fit_labels: NDArray[np.int64] | None = None
     class_counts: NDArray[np.int64] | None = None
     label_scores: NDArray[np.float64] | None = None
@@ -91,14 +92,17 @@ class Calibration:
     @property
     def fit(self) -> Fit:
         """The fit split, as scores take it."""
-        return Fit(self.fit_nll, self.fit_statistics)
+        return Fit(self.fit_nll, self.fit_statistics, self.fit_codes, self.fit_labels)
 
     def threshold(self, alpha: float) -> float | None:
-        """The smallest score that is an outlier at alpha; None where classes have their own."""
-        if self.class_counts is not None:
-            return None
-        rank = int(np.searchsorted(self.p_table, alpha, side="right"))
-        return float(self.scores[len(self.scores) - rank]) if rank else None
+        """What a score must exceed to be an outlier at alpha, in every class; None where none is."""
+        found = []
+        for scores, table in self.per_class():
+            rank = int(np.searchsorted(table, alpha, side="right"))
+            if not rank:
+                return None
+            found.append(float(scores[max(0, len(scores) - rank)]))
+        return max(found)
 
     def per_class(self) -> list[tuple[NDArray[np.float64], NDArray[np.float64]]]:
         """`scores` and `p_table` of each class; of all images where there are none."""
@@ -112,15 +116,18 @@ class Calibration:
     def by_nll(
         nll: NDArray[np.float64],
         statistics: NDArray[np.float32],
-        log_likelihood: NDArray[np.float64] | None = None,
+        codes: NDArray[np.float32] | None = None,
         labels: NDArray[np.int64] | None = None,
     ) -> dict[str, Any]:
         """The arrays of a fit split, in ascending order of nll."""
         order = np.argsort(nll, kind="stable")
-        rows = {"fit_nll": nll[order], "fit_statistics": statistics[order]}
-        if log_likelihood is not None and labels is not None:
-            rows |= {"fit_log_likelihood": log_likelihood[order], "fit_labels": labels[order]}
-        return rows
+        given: dict[str, NDArray[Any] | None] = {
+            "fit_nll": nll,
+            "fit_statistics": statistics,
+            "fit_codes": codes,
+            "fit_labels": labels,
+        }
+        return {key: rows[order] for key, rows in given.items() if rows is not None}
 
     @staticmethod
     def hashes_alone(
@@ -153,8 +160,12 @@ class Golden:
 
 def pack_calibration(calibration: Calibration) -> bytes:
     """Bytes of `calibration.npz`; the same arrays always give the same bytes."""
-    expected = _CALIBRATION | ({} if calibration.tiles is None else _TILED)
-    return _pack(calibration, expected | ({} if calibration.class_counts is None else _BY_CLASS))
+    expected = dict(_CALIBRATION)
+    for table in (_TILED, _BY_CODE, _BY_CLASS):
+        expected |= {
+            key: kind for key, kind in table.items() if getattr(calibration, key) is not None
+        }
+    return _pack(calibration, expected)
 
 
 def pack_golden(golden: Golden) -> bytes:
@@ -179,7 +190,10 @@ def unpack_calibration(data: bytes, manifest: Manifest) -> Calibration:
     """
     tiled = manifest.image.tiled and manifest.kind == "density"
     by_class = manifest.score_name == BY_CLASS
-    expected = _CALIBRATION | (_TILED if tiled else {}) | (_BY_CLASS if by_class else {})
+    by_code = manifest.score_name == BY_CODE or (by_class and "embedding" in manifest.outputs)
+    expected = dict(_CALIBRATION)
+    for table, there in ((_TILED, tiled), (_BY_CODE, by_code), (_BY_CLASS, by_class)):
+        expected |= table if there else {}
     calibration = Calibration(**unpack_arrays(data, expected, "calibration.npz"))
     _refuse_broken("calibration.npz", _calibration_rules(calibration, manifest))
     return calibration
@@ -229,6 +243,10 @@ def _conformal_rules(c: Calibration, manifest: Manifest) -> _Rules:
     stated, alpha = manifest.calibration_n, manifest.default_alpha
     yield len(c.fit_nll) >= 1, "fit_nll must not be empty"
     yield _is_shape("fit_statistics", c.fit_statistics, (len(c.fit_nll), width))
+    if c.fit_codes is not None:
+        rows = len(c.fit_codes)
+        yield rows == len(c.fit_nll), f"fit_codes must have {len(c.fit_nll)} rows, not {rows}"
+        yield np.isfinite(c.fit_codes).all(), "fit_codes must be finite"
     yield n == stated, f"scores holds {n} where manifest.json says calibration_n {stated}"
     if c.class_counts is None:
         yield _is_shape("p_table", c.p_table, (n + 1,))
@@ -248,27 +266,21 @@ def _conformal_rules(c: Calibration, manifest: Manifest) -> _Rules:
             yield fine, "a marginal p_table must be r / (n + 1)"
         yield (
             alpha >= smallest * (1 - 1e-12),
-            f"the smallest p-value is {smallest:g}: at default_alpha {alpha:g} nothing is flagged",
+            f"the smallest p-value is {smallest:g}, so at default_alpha {alpha:g} nothing is "
+            "flagged",
         )
 
 
 def _class_rules(c: Calibration, classes: int) -> _Rules:
     """Rules of a table by class; the arrays are there."""
-    likelihood, labels, counts, truths = (
-        c.fit_log_likelihood,
-        c.fit_labels,
-        c.class_counts,
-        c.label_scores,
-    )
-    if likelihood is None or labels is None or counts is None or truths is None:
+    labels, counts, truths = c.fit_labels, c.class_counts, c.label_scores
+    if labels is None or counts is None or truths is None:
         yield False, f"{', '.join(_BY_CLASS)} must all be there"
         return
     n, m = len(c.scores), len(c.fit_nll)
     yield _is_shape("class_counts", counts, (classes,))
     yield (counts >= 1).all() and counts.sum() == n, "class_counts must be 1 or more, and sum to n"
     yield _is_shape("p_table", c.p_table, (n + classes,))
-    yield _is_shape("fit_log_likelihood", likelihood, (m, classes))
-    yield np.isfinite(likelihood).all(), "fit_log_likelihood must be finite"
     yield _is_shape("fit_labels", labels, (m,))
     known = np.unique(labels, return_counts=True)
     fine = np.array_equal(known[0], np.arange(classes)) and (known[1] >= 2).all()

@@ -41,7 +41,6 @@ def run(
     texture: Texture | None = None,
     nll_map: bool = False,
     flips: bool = False,
-    embedding: bool = False,
     progress: Callable[[int], object] = lambda _: None,
 ) -> Raw:
     """Score images as the spec says: whole, or in tiles.
@@ -55,24 +54,20 @@ def run(
             texture's surprise.
         flips: average that map over the image and its three flips, at four times the cost: the
             surprise of a raster scan smears to the right and down, and so it smears evenly.
-        embedding: the encoder's features, too; of tiles their mean.
         progress: called after every run of the graph with the number of images finished by it.
 
     Raises:
         BundleError: what was asked for is not in the graph, or the graph fails.
     """
 
-    def once(images: Images, *, embedding: bool = False) -> Raw:
+    def once(images: Images) -> Raw:
         if spec.tiled:
-            parts = [
-                _photograph(session, spec, image, texture, nll_map, embedding, progress)
-                for image in images
-            ]
-            return Raw.concat(parts)
-        whole = np.asarray(images)
-        return session.run(whole, nll_map=nll_map, embedding=embedding, progress=progress)
+            return Raw.concat(
+                [_photograph(session, spec, image, texture, nll_map, progress) for image in images]
+            )
+        return session.run(np.asarray(images), nll_map=nll_map, progress=progress)
 
-    raw = once(images, embedding=embedding)
+    raw = once(images)
     if flips and raw.nll_map is not None:
         for flip in FLIPS:
             flipped = once([image[flip] for image in images]).nll_map
@@ -161,7 +156,6 @@ def read(
     image: NDArray[np.uint8],
     *,
     maps: Sequence[str] = (),
-    embedding: bool = False,
     progress: Callable[[int], object] = lambda _: None,
 ) -> tuple[Raw, dict[str, NDArray[np.float32]], NDArray[np.uint8]]:
     """Score the tiles of one photograph.
@@ -171,7 +165,6 @@ def read(
         spec: tiled.
         image: uint8 (H, W, C), from `to_pixels`.
         maps: which per-pixel outputs of the graph to put together.
-        embedding: the encoder's features, too.
         progress: called after every run of the graph, with 0.
 
     Returns:
@@ -193,7 +186,6 @@ def read(
             tiles,
             nll_map="nll_map" in maps,
             excess_map="excess_map" in maps,
-            embedding=embedding,
             progress=lambda _: progress(0),
         )
         for name, canvas in canvases.items():
@@ -226,14 +218,11 @@ def _photograph(
     image: NDArray[np.uint8],
     texture: Texture | None,
     nll_map: bool,
-    embedding: bool,
     progress: Callable[[int], object],
 ) -> Raw:
     """One image's row, its texture score and, where asked for, its map of surprise."""
     names = () if texture is None else MAPS
-    raw, maps, small = read(
-        session, spec, image, maps=names, embedding=embedding, progress=progress
-    )
+    raw, maps, small = read(session, spec, image, maps=names, progress=progress)
     progress(1)
     if texture is None:
         return raw

@@ -7,7 +7,7 @@ import math
 import platform
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
@@ -21,7 +21,7 @@ from anomalyd.detect.runtime import CPU, CUDA, Raw, Session, available_cpus
 from anomalyd.detect.sample import Sampler, grid
 from anomalyd.detect.statistics import (
     BY_CLASS,
-    ClassDensityOfStates,
+    BY_CODE,
     Fit,
     make_score,
     negative_log_likelihood,
@@ -52,7 +52,7 @@ __all__ = ["SPLITS", "Trained", "class_shares", "graphs", "samples", "write"]
 
 SPLITS = ("train", "validation", "fit", "calibration")
 SCORE = "density_of_states"
-"""What verdicts rest on."""
+"""What verdicts rest on without classes and without codes."""
 PARITY_IMAGES = 64
 FIT_PIXELS = 1 << 25
 """Pixels that a texture is fitted to, at most: some 300 MB."""
@@ -162,7 +162,8 @@ def write(
     some = splits.validation[:PARITY_IMAGES]
     parity = check_parity(model, files["model.onnx"], crops(images.pixels, some, [0]))
     session = Session(files["model.onnx"], device="cpu")
-    temperature = _temperature(session, trained) if _score_name(trained) == BY_CLASS else None
+    score_name = _score_name(trained, encodes="embedding" in session.outputs)
+    temperature = _temperature(session, trained) if score_name == BY_CLASS else None
     test = _test_split(session, trained, data, temperature or 1.0)
     about = card.Training(
         model=trained.recipe.model,
@@ -184,7 +185,7 @@ def write(
         history=card.history_of(_card(init)) if init and not trained.outcome.budget else history,
         draws="sampler.onnx" in files,
     )
-    manifest = _manifest(trained, out.name, session, test, licence, temperature)
+    manifest = _manifest(trained, out.name, session, test, licence, score_name, temperature)
     if model.kind == "density":
         calibration, text, manifest, texture = _calibrated(
             trained, session, manifest, about, folder
@@ -239,19 +240,37 @@ def _calibrated(
     fit_nll = negative_log_likelihood(fit.log_likelihood, manifest.priors)
     nll = negative_log_likelihood(held_out.log_likelihood, manifest.priors)
     n = fewest = len(nll)
-    fit_labels = None if trained.labels is None else trained.labels[splits.fit]
+    fit_labels = None
+    if trained.labels is not None:
+        fit_labels = trained.labels[splits.fit]
+        enough_to_fit(fit_labels, trained.classes)
     if held_out.texture is not None:
-        scores, found = held_out.texture, ranks(held_out.texture, None)
-    elif trained.labels is not None:
-        scores, found = _by_class(trained, fit, held_out, manifest)
-        fewest = int(found["class_counts"].min())
+        scores = held_out.texture
     else:
-        score = make_score(manifest.score_name, Fit(fit_nll, fit.statistics))
-        scores = score(nll, held_out.statistics)
+        score = make_score(
+            manifest.score_name, Fit(fit_nll, fit.statistics, fit.embedding, fit_labels)
+        )
+        scores = score(nll, held_out.statistics, held_out.embedding)
+    if trained.labels is None:
         found = ranks(scores, None)
+    else:
+        found = ranks_by_class(
+            scores,
+            held_out.log_likelihood,
+            trained.labels[splits.calibration],
+            classes=trained.classes,
+            priors=manifest.priors,
+            temperature=cast("float", manifest.temperature),
+        )
+        fewest = int(found["class_counts"].min())
     training, calibrating = _hashes(images, splits)
     calibration = bundles.Calibration(
-        **bundles.Calibration.by_nll(fit_nll, fit.statistics, fit.log_likelihood, fit_labels),
+        **bundles.Calibration.by_nll(
+            fit_nll,
+            fit.statistics,
+            fit.embedding if manifest.score_name in (BY_CODE, BY_CLASS) else None,
+            fit_labels,
+        ),
         **found,
         training_hashes=training,
         calibration_hashes=calibrating,
@@ -281,26 +300,6 @@ def _temperature(session: Session, trained: Trained) -> float:
     rows = trained.splits.validation
     raw = _scored(session, trained, rows, "validation split")
     return fit_temperature(raw.log_likelihood, labels[rows], trained.priors)
-
-
-def _by_class(
-    trained: Trained, fit: Raw, held_out: Raw, manifest: bundles.Manifest
-) -> tuple[NDArray[np.float64], dict[str, Any]]:
-    """Return the calibration split's scores, and its ranks class by class."""
-    splits, labels = trained.splits, cast("NDArray[np.int64]", trained.labels)
-    enough_to_fit(labels[splits.fit], trained.classes)
-    score = ClassDensityOfStates(
-        fit.log_likelihood, fit.statistics, labels[splits.fit], manifest.priors
-    )
-    found = ranks_by_class(
-        score,
-        held_out,
-        labels[splits.calibration],
-        classes=trained.classes,
-        priors=manifest.priors,
-        temperature=cast("float", manifest.temperature),
-    )
-    return score(held_out.log_likelihood, held_out.statistics).min(axis=1), found
 
 
 def _hashes(images: TrainingData, splits: Splits) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
@@ -394,6 +393,7 @@ def _manifest(
     session: Session,
     test: _Measured,
     licence: str | None,
+    score_name: str,
     temperature: float | None,
 ) -> bundles.Manifest:
     model = trained.model
@@ -406,7 +406,7 @@ def _manifest(
         created=datetime.now(UTC).replace(microsecond=0).isoformat(),
         image=trained.spec,
         likelihood=model.likelihood if isinstance(model, Density) else "none",
-        score_name=_score_name(trained),
+        score_name=score_name,
         guarantee={"kind": "marginal", "confidence": None},
         classes=trained.classes or None,
         priors=trained.priors,
@@ -425,12 +425,14 @@ def _manifest(
     )
 
 
-def _score_name(trained: Trained) -> str:
+def _score_name(trained: Trained, *, encodes: bool) -> str:
     if trained.model.kind != "density":
         return "none"
     if trained.spec.tiled:
         return "texture"
-    return BY_CLASS if trained.classes else SCORE
+    if trained.classes:
+        return BY_CLASS
+    return BY_CODE if encodes else SCORE
 
 
 def _golden(session: Session, spec: ImageSpec, kind: str) -> bundles.Golden:
@@ -441,9 +443,13 @@ def _golden(session: Session, spec: ImageSpec, kind: str) -> bundles.Golden:
     images = np.stack(
         [np.zeros(shape, np.uint8), np.full(shape, 255, np.uint8), ramp.reshape(shape), noise]
     )
-    raw = session.run(images, embedding=kind == "autoencoder")
+    raw = session.run(images)
     return bundles.Golden(
-        images, raw.log_likelihood, raw.statistics, raw.log_posterior, raw.embedding
+        images,
+        raw.log_likelihood,
+        raw.statistics,
+        raw.log_posterior,
+        raw.embedding if kind == "autoencoder" else None,
     )
 
 

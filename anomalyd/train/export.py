@@ -228,7 +228,7 @@ def check_parity(
         with torch.no_grad():
             expected = getattr(model(torch.from_numpy(part.copy())), output).double().numpy()
         for rows in (slice(None), slice(1)):
-            raw = session.run(part[rows], embedding=output == "embedding")
+            raw = session.run(part[rows])
             off = np.abs(getattr(raw, output) - expected[rows]).max() / scale
             worst = max(worst, float(off))
     tolerance = TOLERANCE if output == "log_likelihood" else LOOSE

@@ -287,7 +287,7 @@ def test_features_come_on_demand():
     session = Session(tiny.tiny_encoder("classifier").SerializeToString(), device="cpu")
     images = tiny.draw(40)
     assert session.run(images).embedding is None
-    raw = session.run(images, embedding=True)
+    raw = session.run(images)
     np.testing.assert_allclose(raw.embedding, tiny.embedding(images), rtol=1e-5)
     chosen = raw[np.array([3, 1])]
     assert np.array_equal(chosen.log_posterior, raw.log_posterior[[3, 1]])

@@ -22,7 +22,7 @@ def test_what_is_no_density_is_read_and_run(tmp_path, kind):
     bundle = read_bundle(KINDS[kind](tmp_path))
     session = open_session(bundle, device="cpu")
     images = tiny.draw(50, seed=4)
-    raw = session.run(images, embedding=True)
+    raw = session.run(images)
     assert raw.log_likelihood.shape == (50, 0)
     np.testing.assert_allclose(raw.embedding, tiny.embedding(images), rtol=1e-5)
     if kind == "classifier":
