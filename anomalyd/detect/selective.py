@@ -73,7 +73,7 @@ def augrc(confidence: Floats, wrong: Flags, weights: Floats | None = None) -> fl
 def coverage_at_risk(confidence: Floats, wrong: Flags, risk: float = 0.01) -> float:
     """The largest share of images that can be accepted with at most a share `risk` of errors."""
     coverage, found = errors(confidence, wrong)
-    fine = found <= risk * coverage
+    fine = found <= risk * coverage + 1e-12  # of rounding
     return float(coverage[fine].max(initial=0.0))
 
 
