@@ -15,7 +15,7 @@ from anomalyd.detect import conformal
 from anomalyd.detect.bundle import Calibration, Guarantee, pack_calibration, write_bundle
 from anomalyd.detect.detector import Detector
 from anomalyd.detect.pipeline import Collected, collect
-from anomalyd.detect.ranks import enough_to_fit, ranks, ranks_by_class
+from anomalyd.detect.ranks import ranks, ranks_by_class
 from anomalyd.errors import CalibrationError, SourceError, UsageError
 
 if TYPE_CHECKING:
@@ -159,7 +159,6 @@ def _refit(detector: Detector, new: Collected) -> tuple[Collected, Calibration]:
     labels = None
     if detector.labels:
         labels = _classes(detector, fit)
-        enough_to_fit(labels, detector.classes)
     codes = None if old.fit_codes is None else raw.embedding
     calibration = dataclasses.replace(
         old,

@@ -102,6 +102,8 @@ class Labels:
         coverage_at_1pct_risk: share that can be accepted with 1 % of errors.
         mixed: name of outlier set -> (AURC, AUGRC) on as many outliers as normal images, each of
             which is an error when accepted.
+        curves: coverage and risk, float64 each, of the normal images ("normal") and of each
+            mixture, to be drawn.
     """
 
     accuracy: float
@@ -111,6 +113,7 @@ class Labels:
     augrc: float
     coverage_at_1pct_risk: float
     mixed: dict[str, tuple[float, float]]
+    curves: dict[str, tuple[Floats, Floats]]
 
     def to_dict(self) -> dict[str, Any]:
         """The keys that `evaluate --format json` prints."""
@@ -254,16 +257,17 @@ def _labels(normal: Said, truth: NDArray[np.intp], outliers: Mapping[str, Said])
     wrong = normal.posterior.argmax(axis=1) != truth
     own = normal.posterior[np.arange(len(truth)), truth]
 
-    def mixed(strange: Said) -> tuple[float, float]:
-        confidence = np.concatenate([normal.confidence, strange.confidence])
-        errors = np.concatenate([wrong, np.ones(len(strange.p_value), np.bool_)])
-        weights = np.repeat(
-            [1 / len(wrong), 1 / len(strange.p_value)], [len(wrong), len(strange.p_value)]
+    # Confidence, what is wrong when accepted, and weights.
+    mixtures: dict[str, tuple[Floats, NDArray[np.bool_], Floats]] = {}
+    for name, strange in outliers.items():
+        n, m = len(wrong), len(strange.p_value)
+        mixtures[name] = (
+            np.concatenate([normal.confidence, strange.confidence]),
+            np.concatenate([wrong, np.ones(m, np.bool_)]),
+            np.repeat([1 / n, 1 / m], [n, m]),
         )
-        return (
-            selective.aurc(confidence, errors, weights),
-            selective.augrc(confidence, errors, weights),
-        )
+    curves = {name: selective.errors(*given) for name, given in mixtures.items()}
+    curves["normal"] = selective.errors(best, wrong)
 
     return Labels(
         accuracy=float(1 - wrong.mean()),
@@ -272,5 +276,9 @@ def _labels(normal: Said, truth: NDArray[np.intp], outliers: Mapping[str, Said])
         aurc=selective.aurc(best, wrong),
         augrc=selective.augrc(best, wrong),
         coverage_at_1pct_risk=selective.coverage_at_risk(best, wrong),
-        mixed={name: mixed(said) for name, said in outliers.items()},
+        mixed={
+            name: (selective.aurc(*given), selective.augrc(*given))
+            for name, given in mixtures.items()
+        },
+        curves={name: (coverage, found / coverage) for name, (coverage, found) in curves.items()},
     )

@@ -21,12 +21,20 @@ from anomalyd.errors import MissingExtra
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from anomalyd.detect.classification import Classification
     from anomalyd.detect.detector import Detector
     from anomalyd.detect.evaluate import Evaluated
 
     Floats = NDArray[np.float64]
 
-__all__ = ["calibration_plot", "histogram", "require_matplotlib", "roc_plot", "small_histograms"]
+__all__ = [
+    "calibration_plot",
+    "histogram",
+    "require_matplotlib",
+    "risk_plot",
+    "roc_plot",
+    "small_histograms",
+]
 
 # "Color Universal Design" (Okabe, Ito, 2008), less what is too pale on white.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
@@ -129,6 +137,32 @@ def roc_plot(result: Evaluated) -> str:
         _plain_numbers(logarithmic.xaxis)
         logarithmic.set_xlim(max(0.5 / count, 1e-4), 1)
         _legend(linear, figure)
+    return svg.getvalue()
+
+
+def risk_plot(found: Classification) -> str:
+    """The share of errors among accepted images against the share accepted, and the baseline's."""
+    sets = ["normal", *found.labels.mixed]
+    columns = min(3, len(sets))
+    rows = -(-len(sets) // columns)
+    with _figure(WIDTH, 2.6 * rows) as (figure, svg):
+        grid = figure.subplots(rows, columns, squeeze=False, sharex=True)
+        for name, axes in zip(sets, grid.flat, strict=False):
+            drawn = [("by Bayes' rule", found.labels)]
+            if found.baseline is not None:
+                drawn.append((_short(str(found.baseline_name)), found.baseline))
+            for style, (label, labels) in zip(_styles(), drawn, strict=False):
+                coverage, risk = labels.curves[name]
+                some = _steps(len(coverage) - 1)
+                axes.plot(coverage[some], risk[some], label=label, **style)
+            axes.set_title("normal images" if name == "normal" else f"half {_short(name)}")
+            axes.set_xlim(0, 1)
+        for axes in grid.flat[len(sets) :]:
+            axes.remove()
+        for axes in grid[-1]:
+            axes.set_xlabel("share accepted")
+        grid[0, 0].set_ylabel("share wrong among these")
+        _legend(grid[0, 0])
     return svg.getvalue()
 
 

@@ -17,7 +17,7 @@ from anomalyd.errors import CalibrationError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["enough_to_fit", "ranks", "ranks_by_class"]
+__all__ = ["ranks", "ranks_by_class"]
 
 
 def ranks(scores: NDArray[np.float64], confidence: float | None) -> dict[str, Any]:
@@ -71,18 +71,3 @@ def ranks_by_class(
         "class_counts": counts,
         "label_scores": np.sort(np.clip(truths, 0, 1)),
     }
-
-
-def enough_to_fit(labels: NDArray[np.int64], classes: Sequence[str]) -> None:
-    """Refuse a fit split in which a class has no neighbours.
-
-    Raises:
-        CalibrationError: a class with fewer than two images.
-    """
-    counts = np.bincount(labels, minlength=len(classes))
-    if counts.min() < 2:
-        place = int(counts.argmin())
-        raise CalibrationError(
-            f"class {classes[place]}: {counts[place]} images in the fit split, and a class needs "
-            "at least 2 there; give more labelled images of it"
-        )

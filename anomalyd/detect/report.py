@@ -28,6 +28,7 @@ from anomalyd.images import to_mask
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from anomalyd.detect.classification import Classification, Rates
     from anomalyd.detect.detector import Detector
     from anomalyd.detect.evaluate import Evaluated, Level, Proportion
     from anomalyd.sources import Item
@@ -155,6 +156,8 @@ def html(
 ) -> str:
     """The page; arguments as for `write_report`."""
     sections = [_heading(result, detector), _alphas(result)]
+    if result.classification is not None:
+        sections.append(_labels(result.classification))
     if result.outliers:
         sections += [_sets(result), _batches(result), _scores(result)]
     sections.append(_histograms(result, detector))
@@ -246,6 +249,81 @@ def _alphas(result: Evaluated) -> str:
         "Alphas that the calibration set is too small for are left out.</p>"
         + _table([*headings, *map(escape, names)], map(row, result.levels), above=above)
     )
+
+
+def _labels(found: Classification) -> str:
+    mixed = list(found.labels.mixed)
+    given = [("chosen", "by Bayes' rule", found.labels)]
+    if found.baseline is not None:
+        given.append(("", escape(str(found.baseline_name)), found.baseline))
+    measures = [
+        (
+            kind,
+            [
+                name,
+                f"{each.accuracy:.4f}",
+                f"{each.nll:.4f}",
+                f"{each.ece:.4f}",
+                f"{each.aurc:.5f}",
+                f"{each.augrc:.5f}",
+                f"{each.coverage_at_1pct_risk:.4f}",
+                *(_number(area, f"AUGRC {other:.4f}") for area, other in each.mixed.values()),
+            ],
+        )
+        for kind, name, each in given
+    ]
+    headings = ["labels", "accuracy", "NLL, nats", "ECE", "AURC", "AUGRC", "coverage at 1 % risk"]
+    above = [("", 1), ("normal images", 6), ("AURC, half of them outliers", len(mixed))]
+    rejected = [
+        ("", [escape(name), *(f"{share:.4f}" for share in _shares(each))])
+        for name, each in {"normal": found.normal, **found.outliers}.items()
+    ]
+    classes = [
+        (
+            "",
+            [
+                escape(name),
+                f"{each.n:,}",
+                f"{each.accuracy:.4f}",
+                f"{each.coverage:.4f}",
+                _number(each.novel, f"at most {each.at_most:.4f}"),
+            ],
+        )
+        for name, each in found.classes.items()
+    ]
+    bounds = (
+        " The likelihoods are lower bounds, so the posterior is approximate."
+        if found.approximate
+        else ""
+    )
+    beside = (
+        " The baseline is a softmax classifier that rejects by its maximum probability."
+        if found.baseline is not None
+        else ""
+    )
+    return (
+        "<h2>Labels, and images that get none</h2>"
+        f"<p>{100 * found.accepted:.1f} % of the normal images get a label, and "
+        f"{100 * found.accepted_accuracy:.1f} % of these labels are right. The others are novel "
+        "(they fit no class) or ambiguous (not just one label is credible; on average "
+        f"{found.set_size:.2f} are, at level {found.label_alpha:g}).{bounds}{beside}</p>"
+        + _table([*headings, *map(escape, mixed)], measures, above=above)
+        + _figure(
+            plots.risk_plot(found),
+            "Risk against coverage: images accepted from the most confident down. Where half are "
+            "outliers, each of those is an error, and a perfect rejection is flat up to one half.",
+        )
+        + _table(["rejected", "novel", "ambiguous", "either"], rejected)
+        + "<p>Class by class. Promised: at most a share alpha of each class is called novel "
+        "(small print: what 99.9 % of runs stay below, all classes together), and the credible "
+        f"labels hold the true one in {100 * (1 - found.label_alpha):g} % over all classes. How "
+        "often an accepted label is right is not promised.</p>"
+        + _table(["class", "images", "accuracy", "coverage", "called novel"], classes)
+    )
+
+
+def _shares(rates: Rates) -> tuple[float, float, float]:
+    return rates.novel, rates.ambiguous, rates.rejected
 
 
 def _sets(result: Evaluated) -> str:

@@ -52,6 +52,8 @@ BY_CLASS = "class_nearest_normals"
 BY_CODE = "nearest_normals"
 """The score of bundles that have an encoder."""
 NEIGHBOURS = 5
+FEWEST = 10
+"""Images of a class that can stand for it."""
 BLOCK = 64
 """Images whose distances to the fit split are held at a time."""
 
@@ -64,7 +66,7 @@ class Fit:
         nll: float64 (m,), nats.
         statistics: (m, S), row by row of the same images.
         codes: (m, E), what an encoder makes of them; None without one.
-        labels: int64 (m,), their classes, 0 to K - 1, each at least twice; None without.
+        labels: int64 (m,), their classes; None without.
     """
 
     nll: Floats
@@ -184,7 +186,8 @@ class ClassNearestNormals:
     """The least of `NearestNormals` over classes: how strange to the class that suits best.
 
     Columns are made comparable over all classes, then each class has its own normal images, in
-    statistics and in codes, and its own ranks of distances among them.
+    statistics and in codes, and its own ranks of distances among them. Classes with fewer than
+    ten such images are judged by all of them together.
 
     Args:
         fit: normal images with labels; codes are used where there are any.
@@ -197,9 +200,12 @@ class ClassNearestNormals:
         columns = _columns(fit.nll, fit.statistics)
         self._ranks = _ranks(columns)
         rows = _compared(self._ranks, columns)
+        owns = [labels == y for y in np.unique(labels)]
+        common = [own for own in owns if own.sum() >= FEWEST]
+        if len(common) < len(owns):
+            common.append(np.ones(len(labels), np.bool_))
         self._classes = [
-            _Normals(rows[labels == y], None if fit.codes is None else fit.codes[labels == y])
-            for y in range(int(labels.max()) + 1)
+            _Normals(rows[own], None if fit.codes is None else fit.codes[own]) for own in common
         ]
 
     def __call__(self, nll: Floats, statistics: Statistics, codes: Codes | None = None) -> Floats:

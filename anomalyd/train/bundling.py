@@ -16,7 +16,7 @@ from anomalyd.detect import bundle as bundles
 from anomalyd.detect import conformal, tiling
 from anomalyd.detect.bayes import fit_temperature, log_posterior
 from anomalyd.detect.pipeline import collect
-from anomalyd.detect.ranks import enough_to_fit, ranks, ranks_by_class
+from anomalyd.detect.ranks import ranks, ranks_by_class
 from anomalyd.detect.runtime import CPU, CUDA, Raw, Session, available_cpus
 from anomalyd.detect.sample import Sampler, grid
 from anomalyd.detect.statistics import (
@@ -243,7 +243,6 @@ def _calibrated(
     fit_labels = None
     if trained.labels is not None:
         fit_labels = trained.labels[splits.fit]
-        enough_to_fit(fit_labels, trained.classes)
     if held_out.texture is not None:
         scores = held_out.texture
     else:

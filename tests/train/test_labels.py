@@ -1,0 +1,233 @@
+"""From labelled images to verdicts with a label or a reason, in both ways to p(x|y)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from anomalyd.cli import main
+from anomalyd.detect.bundle import read_bundle
+from anomalyd.detect.detector import Detector
+from anomalyd.errors import AlphaUnreachable, UsageError
+from anomalyd.sources import open_source
+from anomalyd.train.commands import export, train
+from anomalyd.train.compose import compose
+
+TRAIN = "[train]\nbatch_size = 32\ncheckpoint_seconds = 0.0\nepochs = 2.0\n"
+SMALL = "features = 4\nlatent = 8\n"
+CLASSES = [str(digit) for digit in range(10)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def data(fixture_data) -> str:
+    return str(fixture_data / "fashion-mnist")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("labels")
+
+
+def made(model: str, data: str, folder: Path, density: str, more: str = "", **options) -> Path:
+    recipe, out = folder / f"{model}.toml", folder / f"my-{model}"
+    recipe.write_text(f'model = "{model}"\n[density]\n{density}{TRAIN}{more}')
+    assert train(data=data, model=None, out=out, recipe=recipe, **options) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def bayes(data, folder) -> Path:
+    """p(x|y) with a weight on the posterior."""
+    folder = folder / "bayes"
+    folder.mkdir()
+    more = "bayes = 100.0\nshift = 1\nmirror = true\n"
+    density = f"{SMALL}outputs = 4\ncomponents = 2\n"
+    return made("vae", data, folder, density, more, labels=True)
+
+
+@pytest.fixture(scope="module")
+def parts(data, folder) -> tuple[Path, Path]:
+    classifier = made("classifier", data, folder, f"{SMALL}hidden = 8\n", labels=True)
+    return classifier, made("vae", data, folder, f"{SMALL}outputs = 4\ncomponents = 2\n")
+
+
+@pytest.fixture(scope="module")
+def composed(parts, folder) -> Path:
+    assert compose(*parts, out=folder / "composed", data=None, licence=None) == 0
+    return folder / "composed"
+
+
+@pytest.fixture(scope="module")
+def images(data) -> np.ndarray:
+    items = open_source(data, split="test")
+    return np.stack([item.payload for item in items])[:40, ..., None]
+
+
+@pytest.mark.parametrize("which", ["bayes", "composed"])
+def test_a_verdict_has_a_label_or_a_reason(which, images, request):
+    """A posterior over all classes; null and a reason where rejected; novel is an outlier."""
+    detector = Detector.load(request.getfixturevalue(which), threads=1)
+    verdicts = detector.score(images, alpha=0.2)
+
+    for verdict in verdicts:
+        assert sum(verdict.posterior.values()) == pytest.approx(1)
+        assert list(verdict.posterior) == CLASSES
+        assert (verdict.label is None) == verdict.rejected == (verdict.reason is not None)
+        assert (verdict.reason == "novel") == verdict.outlier == (verdict.p_value <= 0.2)
+        if verdict.label is not None:
+            assert verdict.label == max(verdict.posterior, key=verdict.posterior.get)
+    assert {"label", "posterior", "rejected"} <= verdicts[0].to_dict().keys()
+
+
+def test_composition_keeps_the_density_and_the_classifier(composed, parts, images):
+    """p(x) is the density's and the posterior, at temperature 1, the classifier's."""
+    joined = Detector.load(composed, threads=1)
+    density = Detector.load(parts[1], threads=1)
+    raw, alone = joined.session.run(images), density.session.run(images)
+    manifest, card = joined.manifest, read_bundle(composed).read("CARD.md").decode()
+
+    np.testing.assert_allclose(joined.nll(raw), density.nll(alone), rtol=1e-6)
+    assert manifest.statistics == [*density.manifest.statistics, "max_probability", "entropy"]
+    assert manifest.priors == read_bundle(parts[0]).manifest.priors
+    assert "accuracy is the classifier's" in " ".join(card.split())
+    assert f"anomalyd compose {parts[0]} {parts[1]}" in card
+    assert main(["sample", str(composed)]) == 1
+
+
+def test_a_composed_bundle_exports_again(composed):
+    """Its recipe and weights are enough: the same scores come out."""
+    before = read_bundle(composed)
+    before_weights = before.read("weights.safetensors")
+    assert export(composed) == 0
+    again = read_bundle(composed)
+
+    np.testing.assert_allclose(again.golden.log_likelihood, before.golden.log_likelihood)
+    assert again.read("weights.safetensors") == before_weights
+
+
+def test_parts_that_do_not_go_together_are_refused(parts, bayes, data, tmp_path):
+    """Wrong kinds, a density with classes: each in one line, and nothing is written."""
+    classifier, density = parts
+    out = tmp_path / "x"
+    for given, says in (
+        ((density, classifier), "give a classifier there"),
+        ((classifier, classifier), "give a density there"),
+        ((classifier, bayes), "classes of its own"),
+    ):
+        with pytest.raises(UsageError, match=says):
+            compose(*given, out=out, data=None, licence=None)
+    other = made("classifier", data, tmp_path, f"{SMALL}hidden = 8\n", labels=True, seed=5)
+    with pytest.raises(UsageError, match="differ in their --seed"):
+        compose(other, density, out=out, data=None, licence=None)
+    assert not out.exists()
+
+
+def test_score_prints_labels_and_fdr_decides_what_is_novel(bayes, data, capsys):
+    """jsonl has the contract's fields; with --fdr novel is the Benjamini-Hochberg decision."""
+    assert main(["score", str(bayes), f"{data}:test", "--format", "jsonl", "--alpha", "0.3"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert all({"label", "posterior", "rejected", "reason"} <= row.keys() for row in rows)
+    assert all((row["reason"] == "novel") == row["outlier"] for row in rows)
+
+    assert main(["score", str(bayes), f"{data}:test", "--format", "jsonl", "--fdr", "0.9"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert all(
+        (row["reason"] == "novel") == row["outlier"] == (row["q_value"] <= 0.9) for row in rows
+    )
+
+
+def test_priors_and_costs_change_labels_and_no_score(bayes, images):
+    """Where only class 3 occurs, nearly everything is 3; bits, scores and p-values stay."""
+    detector = Detector.load(bayes, threads=1)
+    plain = detector.score(images)
+    priors = dict.fromkeys(CLASSES, 1e-9) | {"3": 1 - 9e-9}
+    asked = detector.score(images, priors=priors, reject_cost=0.9)
+
+    assert [v.score for v in asked] == [v.score for v in plain]
+    assert [v.bits_per_dim for v in asked] == [v.bits_per_dim for v in plain]
+    likeliest = [max(v.posterior, key=v.posterior.get) for v in asked]
+    assert likeliest.count("3") > [max(v.posterior, key=v.posterior.get) for v in plain].count("3")
+    assert not any(v.reason == "ambiguous" for v in asked)
+
+
+def test_an_alpha_out_of_reach_names_the_rarest_class(bayes):
+    """Alpha is bounded by the class with the fewest calibration images."""
+    detector = Detector.load(bayes, threads=1)
+    rarest = detector.classes[int(detector.calibration.class_counts.argmin())]
+    with pytest.raises(AlphaUnreachable, match=f"class {rarest}: alpha 0.0001 needs 9999"):
+        detector.alpha(0.0001)
+
+
+def test_calibrate_goes_class_by_class(bayes, data, tmp_path, capsys):
+    """From labelled images each class gets its own ranks; without labels it is refused."""
+    import shutil
+
+    path = tmp_path / "mine"
+    shutil.copytree(bayes, path)
+    assert main(["calibrate", str(path), f"{data}:test"]) == 0
+    after = read_bundle(path)
+    assert after.calibration.class_counts.sum() == after.manifest.calibration_n == 200
+    capsys.readouterr()
+    assert main(["calibrate", str(path), "tests/fixtures/images"]) != 0
+    assert "label" in capsys.readouterr().err
+
+
+def test_evaluate_measures_labels_beside_a_baseline(
+    bayes, parts, data, fixture_data, tmp_path, capsys
+):
+    """Accuracy by its definition, rates that add up, and the page that shows them."""
+    page = tmp_path / "page.html"
+    arguments = ["evaluate", str(bayes), "--normal", f"{data}:test", "--labels"]
+    arguments += ["--outliers", f"mnist={fixture_data / 'mnist'}:test", "--format", "json"]
+    arguments += ["--baseline", str(parts[0]), "--report", str(page), "--alpha", "0.2"]
+    assert main(arguments) == 0
+    found = json.loads(capsys.readouterr().out)["classification"]
+    items = list(open_source(data, split="test", labels=True))
+    verdicts = Detector.load(bayes, threads=1).score([item.payload for item in items], alpha=0.2)
+    right = [
+        max(v.posterior, key=v.posterior.get) == i.label
+        for v, i in zip(verdicts, items, strict=True)
+    ]
+
+    assert found["accuracy"] == pytest.approx(np.mean(right))
+    assert found["rejected"]["normal"]["rejected"] == pytest.approx(
+        np.mean([v.rejected for v in verdicts])
+    )
+    assert set(found) >= {"nll", "ece", "aurc", "augrc", "coverage_at_1pct_risk", "baseline"}
+    assert set(found["mixed"]) == set(found["baseline"]["mixed"]) == {"mnist"}
+    assert set(found["classes"]) == set(CLASSES)
+    text = page.read_text()
+    assert "Labels, and images that get none" in text
+    assert "my-classifier" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--label-alpha", "2"], "between 0 and 1"),
+        (["--prior", "3=0.5"], "none for 0"),
+        (["--prior", "three"], "say NAME=P"),
+        (["--reject-cost", "0"], "between 0 and 1"),
+    ],
+)
+def test_impossible_wishes_end_in_one_line(bayes, arguments, says, capsys):
+    assert main(["score", str(bayes), "tests/fixtures/images/boot.png", *arguments]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_a_bundle_without_labels_refuses_to_give_any(parts, capsys):
+    arguments = ["score", str(parts[1]), "tests/fixtures/images/boot.png", "--label-alpha", "0.1"]
+    assert main(arguments) == 2
+    assert "gives no labels" in capsys.readouterr().err
