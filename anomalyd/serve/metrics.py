@@ -139,6 +139,12 @@ class Metrics:
             ["model"],
             registry=registry,
         )
+        self.model_created = Gauge(
+            "anomalyd_model_created_timestamp_seconds",
+            "When the model was made, as its manifest says, in Unix time.",
+            ["model"],
+            registry=registry,
+        )
         build = Gauge(
             "anomalyd_build_info",
             "1, with the versions of what answers.",
@@ -168,6 +174,7 @@ class ModelMetrics:
         self.queue_capacity = metrics.queue_capacity.labels(model)
         self.ready = metrics.model_ready.labels(model)
         self.load_seconds = metrics.model_load_seconds.labels(model)
+        self.created = metrics.model_created.labels(model)
         self._verdicts = {
             verdict: metrics.images.labels(model, verdict)
             for verdict in ("normal", "outlier", "rejected")

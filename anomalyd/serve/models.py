@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -198,6 +199,7 @@ def make_model(detector: Detector, settings: ServeSettings, metrics: Metrics) ->
         waited=observed.queue_seconds.observe,
     )
     observed.watch_queue(lambda: batcher.depth, batcher.capacity)
+    observed.created.set(datetime.fromisoformat(manifest.created).timestamp())
     metrics.model_info.labels(
         manifest.name,
         manifest.version,

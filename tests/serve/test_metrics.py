@@ -19,6 +19,7 @@ def exposition():
     model.watch_queue(lambda: 3, 512)
     model.ready.set(1)
     model.load_seconds.set(0.2)
+    model.created.set(1.79e9)
     model.batch_images.observe(4)
     model.decode_seconds.observe(0.001)
     metrics.requests.labels("/v1/score", "200").inc()

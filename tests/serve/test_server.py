@@ -87,7 +87,7 @@ def test_a_daemon_serves_and_stops(bundle, fixture_data):
         assert daemon.ask("GET", "/readyz")[0] == 200
         assert daemon.ask("POST", "/v1/score", image)[0] == 200
         assert daemon.ask("POST", "/v1/score", image[:60])[0] == 422
-        assert b"_created" not in daemon.ask("GET", "/metrics")[1]
+        assert b"_created{" not in daemon.ask("GET", "/metrics")[1]
         assert daemon.stop() == (0, "")
 
 
