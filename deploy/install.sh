@@ -34,7 +34,7 @@ PYTHON
 
 install() {
     "$python" -m pip --python "$prefix" --disable-pip-version-check install \
-        --quiet --no-cache-dir --constraint "$pins" "$@"
+        --quiet --constraint "$pins" "$@"
 }
 
 list=$(mktemp)
