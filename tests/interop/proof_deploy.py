@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import socket
 import subprocess
 import tempfile
+import threading
 import time
 import urllib.parse
 import urllib.request
@@ -266,3 +268,23 @@ def test_metrics_are_lint_free(vae):
     done = run(tool("promtool"), "check", "metrics", input=metrics)
 
     assert done.stdout + done.stderr == ""
+
+
+@pytest.mark.by("sd_notify protocol")
+def test_service_manager_is_told(tmp_path):
+    """Type=notify: READY=1 comes when models are loaded, STOPPING=1 when SIGTERM came."""
+    address = str(tmp_path / "notify")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(address)
+        manager.settimeout(60)
+        with daemon(
+            TRAINED / "fashion-mnist-vae", environment={"NOTIFY_SOCKET": address}, wait=False
+        ) as running:
+            first = manager.recv(4096).decode()
+            assert "READY=1" in first
+            assert running.is_ready()
+            stopping = threading.Thread(target=running.stop)
+            stopping.start()
+            told = manager.recv(4096).decode()
+            stopping.join()
+    assert "STOPPING=1" in told

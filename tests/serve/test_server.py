@@ -14,12 +14,11 @@ import threading
 import time
 
 import pytest
+from daemons import load
 from tiny import tiny_autoencoder, tiny_bundle, tiny_classifier
 
 from anomalyd.errors import AnomalydError, BundleError, UsageError
 from anomalyd.serve import server
-from anomalyd.serve.metrics import Metrics
-from anomalyd.serve.models import load_models
 from anomalyd.serve.settings import ServeSettings
 
 START = """
@@ -163,7 +162,7 @@ def is_cut_off(client, start, more):
 
 def test_many_clients_each_get_their_own_answer(bundle):
     """Under concurrent load over the network no answer is swapped."""
-    from test_app import encoded
+    from daemons import encoded
     from tiny import draw
 
     images = [encoded(image) for image in draw(40, seed=11)]
@@ -201,13 +200,13 @@ def test_a_host_that_does_not_exist_is_one_line():
 def test_no_bundle_is_one_line(tmp_path):
     """A folder without bundles says how to make one."""
     with pytest.raises(BundleError, match="anomalyd train"):
-        load_models(ServeSettings(bundles=(str(tmp_path),)), Metrics())
+        load(ServeSettings(bundles=(str(tmp_path),)))
 
 
 def test_what_has_no_density_is_passed_over_in_a_folder(tmp_path, caplog):
     """One line of the log names what is not served, and why; the densities are."""
     places = [tiny_bundle(tmp_path), tiny_classifier(tmp_path), tiny_autoencoder(tmp_path)]
-    models = load_models(ServeSettings(bundles=(str(tmp_path),), threads=1), Metrics())
+    models, _ = load(ServeSettings(bundles=(str(tmp_path),), threads=1))
     assert models.names == "tiny"
     models.close()
     (record,) = caplog.records
@@ -222,21 +221,21 @@ def test_what_has_no_density_cannot_be_asked_for(tmp_path):
     places = [tiny_bundle(tmp_path), tiny_classifier(tmp_path)]
     for bundles in (places, [tmp_path, places[1]]):
         with pytest.raises(BundleError, match="classifier, which has no density to score by"):
-            load_models(ServeSettings(bundles=tuple(map(str, bundles)), threads=1), Metrics())
+            load(ServeSettings(bundles=tuple(map(str, bundles)), threads=1))
 
 
 def test_a_folder_without_any_density_is_one_line(tmp_path):
     """A daemon that could answer nothing does not start."""
     tiny_classifier(tmp_path)
     with pytest.raises(BundleError, match=r"no density there; .*anomalyd train"):
-        load_models(ServeSettings(bundles=(str(tmp_path),)), Metrics())
+        load(ServeSettings(bundles=(str(tmp_path),)))
 
 
 def test_an_unknown_default_model_is_one_line(bundle):
     """It names those there are."""
     settings = ServeSettings(bundles=(str(bundle),), default_model="huge", threads=1)
     with pytest.raises(UsageError, match="huge: not served; there are tiny"):
-        load_models(settings, Metrics())
+        load(settings)
 
 
 HEAVY = {
@@ -253,12 +252,16 @@ HEAVY = {
 LOAD = """
 import sys
 from anomalyd.serve.app import create_app
+from anomalyd.serve.control import Local
 from anomalyd.serve.metrics import Metrics
-from anomalyd.serve.models import load_models
+from anomalyd.serve.models import Models
 import anomalyd.serve.server
 from anomalyd.serve.settings import ServeSettings
 settings = ServeSettings(bundles=(sys.argv[1],), threads=1)
-create_app(load_models(settings, Metrics()), settings)
+models = Models(metrics=Metrics())
+control = Local(settings, models)
+control.start()
+create_app(models, settings, control)
 """
 
 
