@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import inspect
 import textwrap
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from harness import IMAGES, TRAINED, daemon
+from harness import CLASSES, PATHS, TRAINED, VAE, Daemon, daemon
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -51,19 +52,17 @@ def _measured(report: pytest.TestReport) -> str:
 
 
 @pytest.fixture(scope="session")
-def boot() -> bytes:
-    """A photograph of a boot, which is normal."""
-    return (IMAGES / "boot.png").read_bytes()
-
-
-@pytest.fixture(scope="session")
-def noisy() -> bytes:
-    """A shirt with noise on a fifth of its pixels."""
-    return (IMAGES / "noisy-shirt.png").read_bytes()
-
-
-@pytest.fixture(scope="session")
-def vae() -> Any:
-    """One daemon that serves the VAE over HTTP, for every proof that only asks."""
-    with daemon(TRAINED / "fashion-mnist-vae") as running:
+def served() -> Iterator[Daemon]:
+    """A daemon that every proof only asks: a model without classes, and one with ten."""
+    with daemon(TRAINED / VAE, TRAINED / CLASSES, default_model=VAE) as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def expected(served: Daemon) -> dict[str, dict[str, list[Any]]]:
+    """What its own API says of `PATHS`, by model, as columns."""
+    found = {}
+    for model in (VAE, CLASSES):
+        rows = [served.score(path.read_bytes(), model) for path in PATHS]
+        found[model] = {name: [row[name] for row in rows] for name in rows[0]}
+    return found

@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -24,6 +25,8 @@ IMAGES = ROOT / "tests" / "fixtures" / "images"
 DEPLOY = ROOT / "deploy"
 CLIENTS = Path(__file__).with_name("clients")
 ENVIRONMENTS = ROOT / ".venv-proofs"
+VAE, CLASSES = "fashion-mnist-vae", "fashion-mnist-conditional"
+PATHS = (IMAGES / "boot.png", IMAGES / "noisy-shirt.png")
 # Set by .ci/run: what is missing there is a failure and no skip.
 REQUIRED = "ANOMALYD_PROOFS_REQUIRED"
 STARTING_SECONDS = 120
@@ -91,11 +94,18 @@ def free_port() -> int:
 class Daemon:
     """A daemon that runs, and how to ask it."""
 
-    def __init__(self, process: subprocess.Popen[str], port: int, grpc_port: int | None) -> None:
+    def __init__(
+        self,
+        process: subprocess.Popen[str],
+        port: int,
+        grpc_port: int | None,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
         self.process = process
         self.port = port
         self.grpc_port = grpc_port
-        self.url = f"http://127.0.0.1:{port}"
+        self.url = f"http{'s' if tls else ''}://127.0.0.1:{port}"
+        self._tls = tls
 
     def ask(
         self,
@@ -104,7 +114,12 @@ class Daemon:
         body: bytes | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> tuple[int, bytes]:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        if self._tls is None:
+            connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        else:
+            connection = http.client.HTTPSConnection(
+                "127.0.0.1", self.port, timeout=60, context=self._tls
+            )
         with contextlib.closing(connection):
             connection.request(method, path, body, dict(headers or {}))
             response = connection.getresponse()
@@ -152,6 +167,7 @@ def daemon(
     grpc: bool = False,
     environment: Mapping[str, str] | None = None,
     wait: bool = True,
+    tls: ssl.SSLContext | None = None,
     **settings: Any,
 ) -> Iterator[Daemon]:
     """A daemon on free ports of the loopback, ready; stopped in the end."""
@@ -171,7 +187,7 @@ def daemon(
         cwd=ROOT,
         env=os.environ | CALM | dict(environment or {}),
     )
-    running = Daemon(process, port, grpc_port)
+    running = Daemon(process, port, grpc_port, tls)
     try:
         if wait:
             running.wait()
@@ -184,3 +200,22 @@ def daemon(
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.communicate()
+
+
+def same(found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    """Tensors hold what the daemon's own API said."""
+    names = ("score", "bits_per_dim", "p_value", "outlier")
+    assert set(names) <= set(found), found
+    for name in names:
+        assert found[name] == pytest.approx(expected[name], rel=1e-5), name
+
+
+def same_classes(found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    """So do those of a model with classes."""
+    same(found, expected)
+    if "label" not in expected:  # the bundle has classes, and decides between none
+        assert "label" not in found
+        return
+    posteriors = [list(row.values()) for row in expected["posterior"]]
+    assert found["label"] == [label or "" for label in expected["label"]]
+    assert found["posterior"] == [pytest.approx(row, abs=1e-5) for row in posteriors]

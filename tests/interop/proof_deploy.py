@@ -261,10 +261,10 @@ def test_every_rule_is_evaluated(scraped, record_property):
 
 
 @pytest.mark.by("promtool")
-def test_metrics_are_lint_free(vae):
+def test_metrics_are_lint_free(served):
     """promtool finds nothing in what a daemon exposes."""
-    vae.score((IMAGES / "boot.png").read_bytes())
-    metrics = vae.ask("GET", "/metrics")[1].decode()
+    served.score((IMAGES / "boot.png").read_bytes())
+    metrics = served.ask("GET", "/metrics")[1].decode()
     done = run(tool("promtool"), "check", "metrics", input=metrics)
 
     assert done.stdout + done.stderr == ""
