@@ -21,7 +21,6 @@ from typing import Any
 from urllib.parse import parse_qsl
 
 import msgspec
-from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route, Router
@@ -29,33 +28,21 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from anomalyd.errors import ImageError
 from anomalyd.serve.access import ADMIN, SCORE, Access
-from anomalyd.serve.batcher import BatchFailed
 from anomalyd.serve.body import Bodies, boundary_of, header, split_multipart
 from anomalyd.serve.control import Control
 from anomalyd.serve.logs import Identity, identified
 from anomalyd.serve.models import Model, Models
 from anomalyd.serve.openapi import OPENAPI
-from anomalyd.serve.problems import ClientGone, Problem, as_problem, problem_response
+from anomalyd.serve.problems import ClientGone, Problem, problem_response, told
 from anomalyd.serve.rest import oip_routes
 from anomalyd.serve.scoring import Asked, Scorer
 from anomalyd.serve.settings import ServeSettings
 
 __all__ = ["create_app"]
 
-logger = logging.getLogger(__name__)
 access_log = logging.getLogger("anomalyd.access")
 
 CLIENT_GONE = 499  # counted, never sent
-REJECTIONS = {
-    "queue_full": "queue_full",
-    "deadline": "deadline",
-    "loading": "not_ready",
-    "slow_body": "slow_body",
-    "too_many_bytes": "too_large",
-    "too_many_images": "too_large",
-    "unauthorized": "unauthorized",
-    "forbidden": "unauthorized",
-}
 # Asked by orchestrators and browsers, which have no token; they tell nothing of the models.
 OPEN = {"/livez", "/readyz", "/startupz", "/v2/health/live", "/v2/health/ready", "/"}
 ADMINISTRATION = ("/v2/repository/models/",)
@@ -304,7 +291,7 @@ class Edge:
         except Exception as error:  # the last line of defence: answer and go on
             if code:
                 raise  # half an answer is out; the server closes the connection
-            problem = self._problem(error)
+            problem = told(error, self._metrics)
             response = problem_response(problem, oip=scope["path"].startswith("/v2"))
             await response(scope, receive, noting)
         finally:
@@ -331,11 +318,3 @@ class Edge:
         if path not in OPEN:
             needed = ADMIN if path.startswith(ADMINISTRATION) else SCORE
             access.check(header(scope, b"authorization"), needed)
-
-    def _problem(self, error: Exception) -> Problem:
-        problem = as_problem(error)
-        if problem.reason in REJECTIONS:
-            self._metrics.rejected.labels(REJECTIONS[problem.reason]).inc()
-        if problem.status == 500 and not isinstance(error, BatchFailed | HTTPException):
-            logger.error("a request failed", exc_info=error)  # a batch's log the batcher wrote
-        return problem

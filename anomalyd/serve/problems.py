@@ -6,21 +6,38 @@ https://www.rfc-editor.org/rfc/rfc9457
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 from http import HTTPStatus
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from anomalyd.errors import AlphaUnreachable, AnomalydError, ImageError, UsageError
-from anomalyd.serve.batcher import Expired, Late, QueueFull
+from anomalyd.serve.batcher import BatchFailed, Expired, Late, QueueFull
 
-__all__ = ["ClientGone", "Problem", "as_problem", "problem_response"]
+if TYPE_CHECKING:
+    from anomalyd.serve.metrics import Metrics
+
+__all__ = ["ClientGone", "Problem", "as_problem", "problem_response", "told"]
+
+logger = logging.getLogger(__name__)
 
 RETRY_SECONDS = 1
+REJECTIONS = {
+    "queue_full": "queue_full",
+    "deadline": "deadline",
+    "loading": "not_ready",
+    "slow_body": "slow_body",
+    "too_many_bytes": "too_large",
+    "too_many_images": "too_large",
+    "too_many_pixels": "too_large",
+    "unauthorized": "unauthorized",
+    "forbidden": "unauthorized",
+}
 
 
 class Problem(Exception):
@@ -78,6 +95,16 @@ def as_problem(error: Exception) -> Problem:
         case HTTPException():
             return Problem(error.status_code, None, error.detail, headers=error.headers)
     return Problem(500, None, "the daemon failed on this request; its log says more")
+
+
+def told(error: Exception, metrics: Metrics) -> Problem:
+    """As `as_problem`; refusals are counted, and what is no client's fault is logged."""
+    problem = as_problem(error)
+    if problem.reason in REJECTIONS:
+        metrics.rejected.labels(REJECTIONS[problem.reason]).inc()
+    if problem.status == 500 and not isinstance(error, BatchFailed | HTTPException):
+        logger.error("a request failed", exc_info=error)  # a batch's log the batcher wrote
+    return problem
 
 
 def problem_response(problem: Problem, *, oip: bool = False) -> Response:

@@ -314,7 +314,7 @@ async def index(control: Control, bodies: Bodies, request: Request) -> Response:
 
 async def change(control: Control, bodies: Bodies, request: Request, *, load: bool) -> Response:
     asked = await _object(request, bodies)
-    parameters = asked.get("parameters") or {}
+    parameters = asked.get("parameters", {})
     if not isinstance(parameters, dict):
         raise _bad("parameters must be an object")
     named = parameters.get("version")

@@ -16,7 +16,7 @@ import socket
 import sys
 from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import prometheus_client
 import uvicorn
@@ -34,12 +34,16 @@ from anomalyd.serve.notify import inherited, notify, reloading, watchdog_seconds
 from anomalyd.serve.scoring import Scorer
 from anomalyd.serve.settings import ServeSettings
 
+if TYPE_CHECKING:
+    from anomalyd.serve.rpc import Rpc
+
 __all__ = ["Owner", "bind", "check", "main", "serve"]
 
 logger = logging.getLogger(__name__)
 
 BACKLOG = 1024
 MOST_HEAD_BYTES = 64 << 10
+REPORT_SECONDS = 0.5  # until the health service of gRPC says what /readyz says
 LINGER_SECONDS = 1.0  # for requests that are on their way on connections about to be closed
 FLUSH_SECONDS = 5.0
 
@@ -98,6 +102,10 @@ def check(settings: ServeSettings) -> Access | None:
         if file is not None and not os.access(file, os.R_OK):
             raise UsageError(f"{flag} {file}: no such file, or it may not be read")
     access = None if settings.tokens is None else Access(settings.tokens)
+    if settings.grpc_port is not None:
+        from anomalyd.serve import rpc  # noqa: F401  # says which extra is missing
+    if settings.grpc_port == 0 and settings.workers > 1:
+        raise UsageError("--grpc-port 0: several workers must share one port; name it")
     if settings.repository_api and (access is None or not access.grants(ADMIN)):
         raise UsageError(
             "--repository-api: whoever may load models needs a token; give --tokens a file "
@@ -230,6 +238,7 @@ class _Server(uvicorn.Server):
         self.failure: AnomalydError | None = None
         self._daemon = daemon
         self._early = early
+        self._rpc: Rpc | None = None
         self._told = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -246,9 +255,26 @@ class _Server(uvicorn.Server):
             self._ready(sockets)
         else:
             loading.add_done_callback(lambda _: self._ready(sockets))
+        await self._start_rpc()
         seconds = watchdog_seconds()
         if seconds is not None:
             self._background(self._every(seconds, self._watchdog))
+
+    async def _start_rpc(self) -> None:
+        daemon = self._daemon
+        if daemon.settings.grpc_port is None:
+            return
+        from anomalyd.serve.rpc import Rpc
+
+        self._rpc = Rpc(daemon.models, daemon.scorer, daemon.owner, daemon.settings, daemon.access)
+        try:
+            port = await self._rpc.start()
+        except AnomalydError as error:
+            self.failure = error
+            self.should_exit = True
+        else:
+            logger.info("gRPC", extra={"fields": {"port": port}})
+            self._background(self._every(REPORT_SECONDS, self._rpc.report))
 
     async def _load(self) -> None:
         try:
@@ -270,6 +296,8 @@ class _Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         for server in self.servers:
             server.close()
+        if self._rpc is not None:
+            await self._rpc.stop(self._daemon.settings.drain_timeout)
         # Every answer now says "close", so whoever is at work goes away by himself.
         waited = 0.0
         while self.server_state.connections and waited < LINGER_SECONDS and not self.force_exit:
