@@ -4,9 +4,11 @@ PYTHON ?= python3
 BIN := .venv/bin
 DATA ?= $(or $(ANOMALYD_DATA),../shared/data)
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+PROOFS := tools triton kserve mlserver
+SOAK_SECONDS ?= 3600
 BUNDLES := $(sort $(dir $(wildcard trained/*/manifest.json)))
 
-.PHONY: serve test lint bench protocol figures tables clean
+.PHONY: serve test lint proofs soak bench protocol figures tables clean
 
 serve: .venv/base
 	$(BIN)/anomalyd serve --default-model fashion-mnist-vae
@@ -20,6 +22,14 @@ lint: .venv/all
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+
+# What clients, linters and servers that others made say of the daemon and of deploy/; as root.
+proofs: .venv/all debian $(PROOFS:%=.venv-proofs/%/installed)
+	$(BIN)/python -m pytest tests/interop/proof_*.py
+
+# An hour of mixed traffic, reloads and restarts: make soak SOAK_SECONDS=600 for less.
+soak: .venv/all
+	ANOMALYD_SOAK_SECONDS=$(SOAK_SECONDS) $(BIN)/python -m pytest tests/interop/proof_soak.py
 
 # The numbers in README and cards, and the speed ratios; minutes, not seconds.
 bench: .venv/all
@@ -46,6 +56,21 @@ figures: .venv/all
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
 
+# Each client in an environment of its own, for their pins clash. MLServer needs Python < 3.13.
+.venv-proofs/%/installed: tests/interop/environments/%.txt | .venv/bin/python
+	$(BIN)/python -m venv --clear $(@D)
+	$(@D)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --requirement $<
+	@touch $@
+
+# Programs that the proofs run, and the Debian packages that hold them.
+.PHONY: debian
+debian:
+	@for program in promtool wrk hey chromium openssl curl shellcheck systemd-analyze ip; do \
+	  command -v $$program >/dev/null || missing=yes; done; \
+	[ -z "$$missing" ] || [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null || \
+	  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends \
+	    prometheus wrk hey chromium openssl curl shellcheck systemd iproute2 >/dev/null; } || true
+
 # promtool checks the metrics; it comes with Debian's prometheus. Without root its test skips.
 .PHONY: promtool
 promtool:
@@ -60,4 +85,4 @@ fonts: .venv/all
 	  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $(FONTS) >/dev/null; }
 
 clean:
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv .venv-proofs build dist *.egg-info

@@ -631,8 +631,8 @@ def verify(bundles: tuple[Path, ...], device: str) -> int:
     return code
 
 
-class _Serve(click.Command):
-    """`serve`, whose options are those of ServeSettings, read when they are needed."""
+class _Serving(click.Command):
+    """A command whose options are those of ServeSettings, read when they are needed."""
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         if not self.params:
@@ -660,8 +660,55 @@ def _serve(config: Path | None, **flags: Any) -> int:
     return 0
 
 
+def _check(config: Path | None, **flags: Any) -> int:
+    from anomalyd.config import load
+    from anomalyd.detect.bundle import read_bundle
+    from anomalyd.serve.repository import scan
+    from anomalyd.serve.server import check
+    from anomalyd.serve.settings import ServeSettings
+
+    settings = load(ServeSettings, flags=flags, env="ANOMALYD_SERVE_", file=config)
+    access = check(settings)
+    code, good = 0, set()
+    for found in scan(settings.bundles):
+        try:
+            kind = read_bundle(found.path).manifest.kind
+        except AnomalydError as error:
+            code = _fail(str(error), FAILED)
+        else:
+            served = kind == "density"
+            good |= {found.key.name} if served else set()
+            state = "good" if served else f"not served, for it is of kind {kind}"
+            click.echo(f"{found.key.name} {found.key.version}: {state} ({found.path})")
+    if settings.default_model is not None and settings.default_model not in good:
+        there = ", ".join(sorted(good)) or "none"
+        raise UsageError(
+            f"--default-model {settings.default_model}: not served; there are {there}"
+        )
+    if not good:
+        return _fail(f"{', '.join(settings.bundles)}: no density there that can be served", FAILED)
+    if access is None and settings.host not in ("127.0.0.1", "::1", "localhost"):
+        _say(f"anyone who reaches {settings.host} may ask; --tokens FILE lets in who has a token")
+    return code
+
+
+@anomalyd.group(name="config")
+def config_group() -> None:
+    """Check what `serve` would be told."""
+
+
+config_group.add_command(
+    _Serving(
+        "check",
+        callback=_check,
+        help="Check settings, files and bundles as `serve` takes them, without serving.\n\n"
+        "Reads flags, ANOMALYD_SERVE_NAME and --config like `serve`, verifies tokens, "
+        "certificates and every bundle, and exits with 0 only if all is well.",
+    )
+)
+
 anomalyd.add_command(
-    _Serve(
+    _Serving(
         "serve",
         callback=_serve,
         help="Serve bundles over HTTP: those named, or every one in ./trained.\n\n"

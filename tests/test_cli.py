@@ -67,6 +67,7 @@ def wait_for(part, size, process):
 
 COMMANDS = [[], ["train"], ["export"], ["calibrate"], ["evaluate"], ["score"], ["serve"]]
 COMMANDS += [["sample"], ["embed"], ["bundle"], ["bundle", "inspect"], ["bundle", "verify"]]
+COMMANDS += [["config"], ["config", "check"]]
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)

@@ -25,7 +25,7 @@ class Kiln:
     hours: float = setting(1.5, help="firing time, hours", low=0)
     glaze: str = setting("clear", help="the glaze", choices=("clear", "blue"))
     fan: bool = setting(True, help="run the fan")
-    log: Path | None = setting(None, help="where the log goes")  # noqa: RUF009
+    log: Path | None = setting(None, help="where the log goes")
     shelves: tuple[str, ...] = setting((), help="shelves to fill", flag="--shelf")
     secret: str | None = setting(None, help="no flag", flag="")
 

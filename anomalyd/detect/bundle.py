@@ -57,6 +57,7 @@ __all__ = [
     "Manifest",
     "Output",
     "find_bundles",
+    "glance",
     "pack_calibration",
     "pack_golden",
     "read_bundle",
@@ -154,6 +155,28 @@ def read_bundle(path: str | Path) -> Bundle:
             # A writer may have put another bundle here while this one was being read.
             if _identity(_standing(root)) == before:
                 raise BundleError(f"bundle {root}: {error}") from None
+
+
+def glance(path: str | Path) -> tuple[Manifest, tuple[tuple[str, int, int, int], ...]]:
+    """What the bundle in a folder says about itself, with nothing verified, and the state of it.
+
+    Returns:
+        its manifest, and name, bytes, time of change (ns) and inode of every file: a bundle that
+        was written anew differs.
+
+    Raises:
+        BundleError: no manifest there, or one that cannot be read.
+    """
+    folder = _standing(Path(path))
+    try:
+        manifest = parse_manifest(_read_file(folder / MANIFEST, MAX_MANIFEST))
+        with os.scandir(folder) as entries:
+            found = [(entry.name, entry.stat(follow_symlinks=False)) for entry in entries]
+    except OSError as error:
+        raise BundleError(f"bundle {path}: cannot be listed: {error.strerror}") from None
+    except BundleError as error:
+        raise BundleError(f"bundle {path}: {error}") from None
+    return manifest, tuple(sorted((name, s.st_size, s.st_mtime_ns, s.st_ino) for name, s in found))
 
 
 def _read_folder(folder: Path) -> Bundle:

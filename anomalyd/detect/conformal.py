@@ -44,6 +44,7 @@ __all__ = [
     "smallest_alpha",
 ]
 
+LEAST_ALPHA = 1e-100
 DEFAULT_ALPHA = 0.01
 
 
@@ -243,7 +244,8 @@ def _check_confidence(confidence: float) -> None:
 
 
 def _check_alpha_range(alpha: float, what: str = "alpha") -> None:
-    if not 0 < alpha < 1:
+    # Below, even counting the images that it needs would overflow.
+    if not LEAST_ALPHA <= alpha < 1:
         raise UsageError(f"{what} must lie between 0 and 1, not {alpha:g}; try 0.01")
 
 

@@ -3,65 +3,49 @@
 POST /v1/score                  one image, or many as multipart, by the default model
 POST /v1/models/NAME/score      by that model
 GET  /v1/models                 what is served
-GET  /livez /readyz /metrics    for machines
+     /v2/...                    the Open Inference Protocol, in rest.py
+GET  /livez /readyz /startupz /metrics      for machines
 GET  /openapi.json              this, described
 GET  /                          a page to drop an image on
 """
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import logging
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import cache, partial
 from importlib import resources
-from typing import Any, TypeVar
+from typing import Any
 from urllib.parse import parse_qsl
 
 import msgspec
-import numpy as np
-from numpy.typing import NDArray
-from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from anomalyd.detect.heatmap import heatmap_png
-from anomalyd.detect.runtime import available_cpus
-from anomalyd.errors import AlphaUnreachable, ImageError, TooManyPixels, UsageError
-from anomalyd.images import ImageSpec, Limits, to_pixels
-from anomalyd.serve.batcher import BatchFailed, Expired, QueueFull
+from anomalyd.errors import ImageError
+from anomalyd.serve.access import ADMIN, SCORE, Access
 from anomalyd.serve.body import Bodies, boundary_of, header, split_multipart
-from anomalyd.serve.metrics import Metrics
-from anomalyd.serve.models import Job, Model, Models, Scored
+from anomalyd.serve.control import Control
+from anomalyd.serve.logs import Identity, identified
+from anomalyd.serve.models import Model, Models
 from anomalyd.serve.openapi import OPENAPI
-from anomalyd.serve.problems import ClientGone, Problem, problem_response
+from anomalyd.serve.problems import ClientGone, Problem, problem_response, told
+from anomalyd.serve.rest import oip_routes
+from anomalyd.serve.scoring import Asked, Scorer
 from anomalyd.serve.settings import ServeSettings
 
 __all__ = ["create_app"]
 
-logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
-Pixels = NDArray[np.uint8]
-
-# A small image decodes in less time than it takes to reach another thread.
-INLINE_BYTES = 16 << 10
-INLINE_PIXELS = 128 * 128
+access_log = logging.getLogger("anomalyd.access")
 
 CLIENT_GONE = 499  # counted, never sent
-REJECTIONS = {
-    "queue_full": "queue_full",
-    "deadline": "deadline",
-    "slow_body": "slow_body",
-    "too_many_bytes": "too_large",
-    "too_many_images": "too_large",
-}
+# Asked by orchestrators and browsers, which have no token; they tell nothing of the models.
+OPEN = {"/livez", "/readyz", "/startupz", "/v2/health/live", "/v2/health/ready", "/"}
+ADMINISTRATION = ("/v2/repository/models/",)
 TRUTHS = {"1": True, "true": True, "0": False, "false": False}
 PAGE_POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
@@ -69,11 +53,27 @@ PAGE_POLICY = (
 )
 
 
-def create_app(models: Models, settings: ServeSettings) -> ASGIApp:
-    """The ASGI application that serves `models`."""
+def create_app(
+    models: Models,
+    settings: ServeSettings,
+    control: Control,
+    *,
+    scorer: Scorer | None = None,
+    access: Access | None = None,
+) -> ASGIApp:
+    """The ASGI application that serves `models`.
+
+    Args:
+        models: what is served.
+        settings: the daemon's.
+        control: who owns the repository and the metrics.
+        scorer: shared with gRPC where that is served as well.
+        access: who may do what; None lets everybody in.
+    """
     bodies = Bodies(settings.max_body_bytes, settings.max_inflight_bytes, settings.body_timeout)
     models.metrics.inflight_bytes.set_function(lambda: bodies.held)
-    score = Score(models, settings, bodies)
+    scorer = scorer or Scorer(settings, models.metrics)
+    score = Score(models, scorer, bodies, settings)
     router = Router(
         [
             Route("/v1/score", score, methods=["POST"]),
@@ -81,62 +81,66 @@ def create_app(models: Models, settings: ServeSettings) -> ASGIApp:
             Route("/v1/models", partial(list_models, models)),
             Route("/livez", live),
             Route("/readyz", partial(ready, models)),
-            Route("/metrics", partial(scrape, models.metrics)),
+            Route("/startupz", partial(started, models)),
+            Route("/metrics", partial(scrape, control)),
             Route("/openapi.json", openapi),
             Route("/", page),
+            *oip_routes(models, scorer, bodies, control, settings),
         ],
         redirect_slashes=False,
     )
-    return Edge(router, models.metrics)
-
-
-@dataclass(frozen=True)
-class Asked:
-    """The query of a scoring request."""
-
-    alpha: float
-    heatmap: bool = False
-    explain: bool = False
+    return Edge(router, models, access, log_requests=settings.log_requests)
 
 
 class Score:
     """Scores the images in a request's body; an ASGI application, because it is the hot path."""
 
-    def __init__(self, models: Models, settings: ServeSettings, bodies: Bodies) -> None:
+    def __init__(
+        self, models: Models, scorer: Scorer, bodies: Bodies, settings: ServeSettings
+    ) -> None:
         self._models = models
+        self._scorer = scorer
         self._bodies = bodies
         self._max_images = settings.max_images
-        self._limits = Limits(settings.max_body_bytes, settings.max_pixels)
-        self._inline = Limits(INLINE_BYTES, min(INLINE_PIXELS, settings.max_pixels))
-        self._pool = ThreadPoolExecutor(available_cpus(), thread_name_prefix="decode")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         model = self._models.find(scope["path_params"].get("name"))
         asked = parse_query(scope["query_string"], model)
+        try:
+            body = await self._score(model, asked, scope, receive)
+        except Exception:
+            model.metrics.failed.inc()
+            raise
+        model.metrics.answered()
+        await _send_json(send, body)
+
+    async def _score(self, model: Model, asked: Asked, scope: Scope, receive: Receive) -> bytes:
         with self._bodies.intake() as intake:
             images = self._split(scope, await intake.read(scope, receive))
-            model.batcher.admit(len(images))  # before the work of decoding
-            decoded = await _each([self._decode(image, model) for image in images])
+            decoded = await self._scorer.decode(model, images)
             del images
         if len(decoded) == 1 and isinstance(decoded[0], ImageError):
             raise decoded[0]
-        jobs = [
-            Job(pixels, asked.alpha, asked.heatmap)
-            for pixels in decoded
-            if not isinstance(pixels, ImageError)
-        ]
-        scored = iter(await self._score(model, jobs, receive))
+        pixels = [image for image in decoded if not isinstance(image, ImageError)]
+        scored = iter(await self._scorer.judge(model, pixels, asked, receive))
         started = time.perf_counter()
-        results = [
-            {"index": index, "error": str(image)}
-            if isinstance(image, ImageError)
-            else await self._result(model, index, image, next(scored), asked)
-            for index, image in enumerate(decoded)
-        ]
-        answer = {"model": model.name, "version": model.version, "results": results}
-        body = msgspec.json.encode(answer)
+        results: list[dict[str, Any]] = []
+        for index, image in enumerate(decoded):
+            if isinstance(image, ImageError):
+                results.append({"index": index, "error": str(image)})
+                continue
+            one = next(scored)
+            result = {"index": index, **one.verdict.to_dict()}
+            if asked.explain:
+                result["explain"] = model.detector.explain(one.raw, one.row)
+            if asked.heatmap and (png := await self._scorer.picture(image, one)) is not None:
+                result["heatmap"] = base64.b64encode(png).decode("ascii")
+            results.append(result)
+        body = msgspec.json.encode(
+            {"model": model.name, "version": model.version, "results": results}
+        )
         model.metrics.render_seconds.observe(time.perf_counter() - started)
-        await _send_json(send, body)
+        return body
 
     def _split(self, scope: Scope, body: bytes) -> list[bytes]:
         boundary = boundary_of(header(scope, b"content-type"))
@@ -146,85 +150,6 @@ class Score:
         if not images:
             raise Problem(400, "empty", "the multipart body holds no image")
         return images
-
-    async def _decode(self, data: bytes, model: Model) -> Pixels | ImageError:
-        """Pixels of one image, or why there are none."""
-        started = time.perf_counter()
-        try:
-            return await self._pixels(data, model.detector.spec)
-        except ImageError as error:
-            self._models.metrics.decode_errors.labels(error.reason).inc()
-            return error
-        finally:
-            model.metrics.decode_seconds.observe(time.perf_counter() - started)
-
-    async def _pixels(self, data: bytes, spec: ImageSpec) -> Pixels:
-        if len(data) <= INLINE_BYTES:
-            try:
-                return to_pixels(data, spec, self._inline)
-            except TooManyPixels:
-                pass  # said by the header alone; nothing was decoded yet
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._pool, to_pixels, data, spec, self._limits)
-
-    async def _score(self, model: Model, jobs: list[Job], receive: Receive) -> list[Scored]:
-        if not jobs:
-            return []
-        batcher = model.batcher
-        batcher.admit(len(jobs))
-        watched = batcher.backlogged
-        futures = [batcher.submit(job) for job in jobs]
-        if watched:
-            # Only a client that has to wait is worth watching: most are answered at once.
-            await _answered_or_gone(futures, receive, batcher.drop)
-        scored = await _each(futures)
-        for verdict, _, _ in scored:
-            outcome = "outlier" if verdict.outlier else "normal"
-            model.metrics.judged(
-                verdict.bits_per_dim,
-                verdict.p_value,
-                "rejected" if verdict.rejected else outcome,
-            )
-        return scored
-
-    async def _result(
-        self, model: Model, index: int, pixels: Pixels, scored: Scored, asked: Asked
-    ) -> dict[str, Any]:
-        verdict, raw, row = scored
-        result = {"index": index, **verdict.to_dict()}
-        if asked.explain:
-            result["explain"] = model.detector.explain(raw, row)
-        if asked.heatmap and raw.nll_map is not None:
-            loop = asyncio.get_running_loop()
-            png = await loop.run_in_executor(self._pool, heatmap_png, pixels, raw.nll_map[row])
-            result["heatmap"] = base64.b64encode(png).decode("ascii")
-        return result
-
-
-async def _each(awaitables: Sequence[Awaitable[T]]) -> list[T]:
-    """What all of them give, in order; a lone one costs no task."""
-    if len(awaitables) == 1:
-        return [await awaitables[0]]
-    return await asyncio.gather(*awaitables)
-
-
-async def _answered_or_gone(
-    futures: Sequence[asyncio.Future[Scored]],
-    receive: Receive,
-    drop: Callable[[asyncio.Future[Scored]], None],
-) -> None:
-    """Wait until all futures are done; drop them all when the client closes its connection."""
-    gone = asyncio.ensure_future(receive())
-    answered = asyncio.ensure_future(asyncio.wait(futures))
-    try:
-        await asyncio.wait({gone, answered}, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        gone.cancel()
-        answered.cancel()
-    if not all(future.done() for future in futures):
-        for future in futures:
-            drop(future)
-        raise ClientGone
 
 
 def parse_query(query: bytes, model: Model) -> Asked:
@@ -292,11 +217,17 @@ async def live(request: Request) -> Response:
 
 
 async def ready(models: Models, request: Request) -> Response:
+    """Every configured model loaded, verified and warm, the workers alive, nobody stopping."""
     return _json({"ready": models.ready}, 200 if models.ready else 503)
 
 
-async def scrape(metrics: Metrics, request: Request) -> Response:
-    body, content_type = metrics.expose(request.headers.get("accept", ""))
+async def started(models: Models, request: Request) -> Response:
+    """Whether the first load is over; true from then on."""
+    return _json({"started": models.started}, 200 if models.started else 503)
+
+
+async def scrape(control: Control, request: Request) -> Response:
+    body, content_type = await control.exposition(request.headers.get("accept", ""))
     return Response(body, headers={"Content-Type": content_type})
 
 
@@ -315,62 +246,75 @@ def _page() -> bytes:
 
 
 class Edge:
-    """Around everything: turns exceptions into problem details, counts and times each request.
+    """Around everything: who asks, under which id, how it ended and how long it took.
 
-    The label is the route's pattern, never the path.
+    Exceptions become answers; the label of a request is its route's pattern, never its path.
     """
 
-    def __init__(self, router: Router, metrics: Metrics) -> None:
+    def __init__(
+        self, router: Router, models: Models, access: Access | None, *, log_requests: bool
+    ) -> None:
         self.router = router
-        self._metrics = metrics
+        self._models = models
+        self._metrics = models.metrics
+        self._access = access
+        self._log_requests = log_requests
+        # Looked up once: a label's child is found by hashing its values.
+        self._counted: dict[tuple[str, int], Callable[[], None]] = {}
+        self._timed: dict[str, Callable[[float], None]] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return
         started = time.perf_counter()
+        identity = Identity.of(scope["headers"])
+        identified.set(identity)
         code = 0
 
         async def noting(message: Message) -> None:
             nonlocal code
             if not code:
                 code = message["status"]
+                message["headers"].append((b"x-request-id", identity.encoded))
+                if self._models.stopping:  # the next request is to go elsewhere
+                    message["headers"].append((b"connection", b"close"))
             await send(message)
 
         scope["app"] = self  # the router then raises for what it does not find
+        scope["request_id"] = identity.request_id
         try:
+            if self._access is not None:
+                self._admit(self._access, scope)
             await self.router(scope, receive, noting)
         except ClientGone:
             code = CLIENT_GONE
         except Exception as error:  # the last line of defence: answer and go on
             if code:
                 raise  # half an answer is out; the server closes the connection
-            await self._problem(error)(scope, receive, noting)
+            problem = told(error, self._metrics)
+            response = problem_response(problem, oip=scope["path"].startswith("/v2"))
+            await response(scope, receive, noting)
         finally:
             matched = scope.get("route")
             route = "unmatched" if matched is None else matched.path
-            self._metrics.requests.labels(route, str(code or CLIENT_GONE)).inc()
             seconds = time.perf_counter() - started
-            self._metrics.request_seconds.labels(route).observe(seconds)
+            self._count(route, code or CLIENT_GONE, seconds)
+            if self._log_requests:
+                fields = {"route": route, "code": code, "seconds": round(seconds, 6)}
+                access_log.info("request", extra={"fields": fields})
 
-    def _problem(self, error: Exception) -> Response:
-        if isinstance(error, Problem):
-            if error.reason in REJECTIONS:
-                self._metrics.rejected.labels(REJECTIONS[error.reason]).inc()
-            return problem_response(
-                error.status, str(error), reason=error.reason, close=error.close
-            )
-        if isinstance(error, QueueFull):
-            detail = "as many images as may wait are waiting for this model; come again"
-            return self._problem(Problem(503, "queue_full", detail))
-        if isinstance(error, Expired):
-            detail = "the image waited too long for this model; come again"
-            return self._problem(Problem(503, "deadline", detail))
-        if isinstance(error, ImageError):
-            return problem_response(error.status, str(error), reason=error.reason)
-        if isinstance(error, AlphaUnreachable | UsageError):
-            return problem_response(400, str(error), reason="alpha")
-        if isinstance(error, HTTPException):
-            return problem_response(error.status_code, error.detail, headers=error.headers)
-        if not isinstance(error, BatchFailed):  # which the batcher has logged
-            logger.error("a request failed", exc_info=error)
-        return problem_response(500, "the daemon failed on this request; its log says more")
+    def _count(self, route: str, code: int, seconds: float) -> None:
+        count = self._counted.get((route, code))
+        if count is None:
+            count = self._counted[route, code] = self._metrics.requests.labels(
+                route, str(code)
+            ).inc
+            self._timed[route] = self._metrics.request_seconds.labels(route).observe
+        count()
+        self._timed[route](seconds)
+
+    def _admit(self, access: Access, scope: Scope) -> None:
+        path: str = scope["path"]
+        if path not in OPEN:
+            needed = ADMIN if path.startswith(ADMINISTRATION) else SCORE
+            access.check(header(scope, b"authorization"), needed)

@@ -5,13 +5,16 @@
     request ─┘                 └─ as soon as the worker is free, or full ─────┘
 
 While the worker runs one batch the next one gathers, so batches grow with the load by
-themselves; `max_wait` adds a pause for company when the worker is idle.
+themselves; `max_wait` adds a pause for company when the worker is idle. What would have to wait
+for too long by the time that runs have taken lately is refused before it waits, so that beyond
+capacity those who are let in keep their latency.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,16 +22,31 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Generic, TypeVar
 
-__all__ = ["BatchFailed", "Batcher", "Expired", "QueueFull"]
+__all__ = ["BatchFailed", "Batcher", "Expired", "Late", "Pace", "QueueFull"]
 
 Job = TypeVar("Job")
 Answer = TypeVar("Answer")
 
 logger = logging.getLogger(__name__)
 
+# However slow a model is, as many images may wait.
+FEWEST = 4
+
 
 class QueueFull(Exception):
-    """No room for the job; the client may come again."""
+    """No room for the jobs; the client may come again.
+
+    Attributes:
+        wait: seconds after which that has a chance, by estimate.
+    """
+
+    def __init__(self, wait: float = 0.0) -> None:
+        super().__init__()
+        self.wait = wait
+
+
+class Late(QueueFull):
+    """The jobs would have to wait for longer than they may."""
 
 
 class Expired(Exception):
@@ -36,13 +54,57 @@ class Expired(Exception):
 
 
 class BatchFailed(Exception):
-    """The run that the job was part of failed; other batches are not affected."""
+    """The job failed when it was run; others are not affected."""
+
+
+class Pace:
+    """How long runs take: a moving average, apart for runs of 1, 2-3, 4-7, ... jobs.
+
+    It goes down fast and up slowly, so that one run that was held up refuses nobody.
+
+    Args:
+        most: jobs of the largest run.
+    """
+
+    FASTER, SLOWER = 0.5, 0.05  # weights of a run that took less, or more, than they do
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._each: dict[int, float] = {}  # bits of the number of jobs -> seconds a job
+
+    def note(self, jobs: int, seconds: float) -> None:
+        """A run of so many jobs took so long."""
+        size, each = jobs.bit_length(), seconds / jobs
+        before = self._each.get(size, each)
+        weight = self.FASTER if each < before else self.SLOWER
+        self._each[size] = before + weight * (each - before)
+
+    def seconds(self, jobs: int) -> float:
+        """How long so many jobs will take; 0 before the first run."""
+        full, rest = divmod(jobs, self._most)
+        return full * self._run(self._most) + (self._run(rest) if rest else 0.0)
+
+    def _run(self, jobs: int) -> float:
+        each, size = self._each, jobs.bit_length()
+        if size not in each:
+            if not each:
+                return 0.0
+            # The nearest smaller run: too long an estimate, but what it lets in corrects it.
+            size = max((known for known in each if known < size), default=min(each))
+        return jobs * each[size]
 
 
 @dataclass(frozen=True, slots=True)
 class _Waiting(Generic[Job]):
     job: Job
     since: float
+    until: float
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Failure:
+    error: Exception
 
 
 class Batcher(Generic[Job, Answer]):
@@ -52,10 +114,14 @@ class Batcher(Generic[Job, Answer]):
 
     Args:
         run: from jobs to as many answers in the same order; called in one thread, one at a time.
+            Where it raises for several jobs, each is run alone, so that one bad job fails alone.
         max_batch: most jobs in a batch.
         max_wait: how long a job waits for company while the worker is idle, seconds.
         capacity: most jobs that wait; a further one is refused.
+        most_bytes: most bytes that wait.
+        longest: jobs that would wait for longer by estimate are refused, seconds.
         timeout: a job that has waited longer is not run, seconds.
+        size: bytes of a job.
         waited: called with each job's time in the queue, seconds.
     """
 
@@ -67,17 +133,26 @@ class Batcher(Generic[Job, Answer]):
         max_wait: float,
         capacity: int,
         timeout: float,
+        longest: float = float("inf"),
+        most_bytes: int = 1 << 62,
+        size: Callable[[Job], int] = lambda job: 0,
         waited: Callable[[float], None] = lambda seconds: None,
     ) -> None:
         self._run = run
         self._max_batch = max_batch
         self._max_wait = max_wait
         self._timeout = timeout
+        self._longest = longest
+        self._most_bytes = most_bytes
+        self._size = size
         self._waited = waited
         self.capacity = capacity
+        self.pace = Pace(max_batch)
         self._waiting: OrderedDict[asyncio.Future[Answer], _Waiting[Job]] = OrderedDict()
+        self._bytes = 0
         self._timer: asyncio.Handle | None = None
         self._busy = False
+        self._free_at = 0.0
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="score")
 
     @property
@@ -90,33 +165,73 @@ class Batcher(Generic[Job, Answer]):
         """Whether a job submitted now has to wait for more than the next batch."""
         return len(self._waiting) >= self._max_batch
 
-    def admit(self, jobs: int) -> None:
-        """Refuse unless `jobs` more fit.
+    @property
+    def wait(self) -> float:
+        """How long a job submitted now has to wait, by estimate, seconds."""
+        ahead = self.pace.seconds(len(self._waiting)) if self._waiting else 0.0
+        if self._busy:
+            ahead += max(0.0, self._free_at - time.perf_counter())
+        return ahead
+
+    def admit(self, jobs: int, timeout: float | None = None) -> None:
+        """Refuse unless `jobs` more fit and would be begun in time.
 
         Raises:
-            QueueFull: they do not.
+            QueueFull: they do not fit.
+            Late: they would not be begun within `timeout` seconds, or the batcher's `longest`.
         """
+        if not self._busy and not self._waiting:
+            if jobs > self.capacity:
+                raise QueueFull
+            return
+        wait = self.wait
         if len(self._waiting) + jobs > self.capacity:
-            raise QueueFull
+            raise QueueFull(wait)
+        longest = max(self._longest, FEWEST * self.pace.seconds(1))
+        if wait > (longest if timeout is None else min(longest, timeout)):
+            raise Late(wait)
 
-    def submit(self, job: Job) -> asyncio.Future[Answer]:
-        """Queue a job; the future holds its answer, or `Expired` or `BatchFailed`.
+    def submit(self, job: Job, timeout: float | None = None) -> asyncio.Future[Answer]:
+        """Queue a job; as `submit_all`."""
+        return self.submit_all([job], timeout)[0]
+
+    def submit_all(
+        self, jobs: Sequence[Job], timeout: float | None = None
+    ) -> list[asyncio.Future[Answer]]:
+        """Queue jobs, all or none; a future holds its answer, or `Expired` or `BatchFailed`.
+
+        Args:
+            jobs: at least one.
+            timeout: longest wait, seconds; None takes the batcher's.
 
         Raises:
-            QueueFull: the queue holds `capacity` jobs.
+            QueueFull: too many jobs or bytes wait already.
         """
-        self.admit(1)
+        if len(self._waiting) + len(jobs) > self.capacity:
+            raise QueueFull(self.wait)
+        sizes = [self._size(job) for job in jobs]
+        if self._bytes + sum(sizes) > self._most_bytes:
+            raise QueueFull(self.wait)
         loop = asyncio.get_running_loop()
-        future: asyncio.Future[Answer] = loop.create_future()
-        self._waiting[future] = _Waiting(job, loop.time())
+        now = time.perf_counter()
+        until = now + (self._timeout if timeout is None else min(timeout, self._timeout))
+        futures: list[asyncio.Future[Answer]] = []
+        for job, size in zip(jobs, sizes, strict=True):
+            future: asyncio.Future[Answer] = loop.create_future()
+            self._waiting[future] = _Waiting(job, now, until, size)
+            self._bytes += size
+            futures.append(future)
         if not self._busy:
             self._wake(loop)
-        return future
+        return futures
 
     def drop(self, future: asyncio.Future[Answer]) -> None:
         """Forget a job whose client has gone; its room is free at once."""
-        self._waiting.pop(future, None)
-        future.cancel()
+        waiting = self._waiting.pop(future, None)
+        if waiting is not None:
+            self._bytes -= waiting.size
+        if not future.cancel() and not future.cancelled():
+            future.exception()  # nobody will ask for it
 
     def close(self) -> None:
         """Wait for the batch that is being run; start no other."""
@@ -137,52 +252,67 @@ class Batcher(Generic[Job, Answer]):
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        futures, jobs = self._take(loop.time())
+        now = time.perf_counter()
+        futures, jobs = self._take(now)
         if jobs:
             self._busy = True
+            self._free_at = now + self.pace.seconds(len(jobs))
             running = loop.run_in_executor(self._thread, self._run_checked, jobs)
-            running.add_done_callback(partial(self._finish, loop, futures))
+            running.add_done_callback(partial(self._finish, loop, futures, now))
 
     def _take(self, now: float) -> tuple[list[asyncio.Future[Answer]], list[Job]]:
         futures: list[asyncio.Future[Answer]] = []
         jobs: list[Job] = []
         while self._waiting and len(jobs) < self._max_batch:
             future, waiting = self._waiting.popitem(last=False)
+            self._bytes -= waiting.size
             if future.done():
                 continue
-            waited = now - waiting.since
-            if waited > self._timeout:
+            if now > waiting.until:
                 future.set_exception(Expired())
                 continue
-            self._waited(waited)
+            self._waited(now - waiting.since)
             futures.append(future)
             jobs.append(waiting.job)
         return futures, jobs
 
-    def _run_checked(self, jobs: list[Job]) -> Sequence[Answer]:
-        answers = self._run(jobs)
-        if len(answers) != len(jobs):
-            raise RuntimeError(f"{len(jobs)} jobs gave {len(answers)} answers")
+    def _run_checked(self, jobs: list[Job]) -> Sequence[Answer | _Failure]:
+        try:
+            answers = self._run(jobs)
+            if len(answers) != len(jobs):
+                raise RuntimeError(f"{len(jobs)} jobs gave {len(answers)} answers")
+        except Exception as error:  # noqa: BLE001  # each job alone will show whose fault it is
+            if len(jobs) == 1:
+                return [_Failure(error)]
+            return [answer for job in jobs for answer in self._run_checked([job])]
         return answers
 
     def _finish(
         self,
         loop: asyncio.AbstractEventLoop,
         futures: list[asyncio.Future[Answer]],
-        running: asyncio.Future[Sequence[Answer]],
+        started: float,
+        running: asyncio.Future[Sequence[Answer | _Failure]],
     ) -> None:
         self._busy = False
         if running.cancelled():
-            error: BaseException | None = asyncio.CancelledError()
-        else:
-            error = running.exception()
-        if error is None:
-            for future, answer in zip(futures, running.result(), strict=True):
-                if not future.done():
-                    future.set_result(answer)
-        else:
-            logger.error("a batch of %d images failed", len(futures), exc_info=error)
             for future in futures:
-                if not future.done():
-                    future.set_exception(BatchFailed(str(error)))
+                future.cancel()
+            return
+        self.pace.note(len(futures), time.perf_counter() - started)
+        failures = []
+        for future, answer in zip(futures, running.result(), strict=True):
+            if isinstance(answer, _Failure):
+                failures.append(answer.error)
+            if future.done():
+                continue
+            if isinstance(answer, _Failure):
+                future.set_exception(BatchFailed(str(answer.error)))
+            else:
+                future.set_result(answer)
+        if failures:
+            logger.error(
+                "%d of a batch of %d images failed", len(failures), len(futures),
+                exc_info=failures[0],
+            )  # fmt: skip
         self._wake(loop)

@@ -88,7 +88,7 @@ class Intake:
             more = message.get("more_body", False)
             size += len(chunk)
             if size <= limit:
-                self._hold(len(chunk))
+                self.hold(len(chunk))
                 chunks.append(chunk)
             elif size > PATIENCE * limit:
                 raise self._too_large(close=True)
@@ -96,7 +96,12 @@ class Intake:
             raise self._too_large()
         return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
-    def _hold(self, size: int) -> None:
+    def hold(self, size: int) -> None:
+        """Count so many bytes more.
+
+        Raises:
+            Problem: 503 no room at present.
+        """
         bodies = self._bodies
         if bodies.held + size > bodies.total:
             detail = f"{bodies.held} bytes of requests are held already; come again"

@@ -1,34 +1,34 @@
-"""The models that are served: loaded, verified and warm before the first request."""
+"""The models that are served: what requests see, swapped as a whole under their feet."""
 
 from __future__ import annotations
 
-import logging
+import re
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from anomalyd.detect.bundle import find_bundles, read_bundle
 from anomalyd.detect.detector import Detector, Verdict
 from anomalyd.detect.runtime import Raw
-from anomalyd.errors import BundleError, UsageError
+from anomalyd.errors import UsageError
 from anomalyd.serve.batcher import Batcher
 from anomalyd.serve.metrics import Metrics, ModelMetrics
 from anomalyd.serve.problems import Problem
 from anomalyd.serve.settings import ServeSettings
 
-__all__ = ["Job", "Model", "Models", "Scored", "load_models"]
+__all__ = ["Job", "Key", "Model", "Models", "Scored", "by_age", "make_model", "newest"]
 
-logger = logging.getLogger(__name__)
 
-REMEDY = (
-    "name a bundle, or a folder of bundles, "
-    "or make one with: anomalyd train DATA --model NAME --out PATH"
-)
+class Key(NamedTuple):
+    """One version of one model."""
+
+    name: str
+    version: str
 
 
 class Job(NamedTuple):
@@ -47,21 +47,23 @@ class Scored(NamedTuple):
     row: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Model:
-    """One bundle behind its batcher."""
+    """One bundle behind its batcher.
 
+    Who swaps it for another only lets go of it: it lives, and its thread with it, until the last
+    request that found it is answered.
+    """
+
+    name: str
+    version: str
     detector: Detector
     batcher: Batcher[Job, Scored]
     metrics: ModelMetrics
 
     @property
-    def name(self) -> str:
-        return self.detector.manifest.name
-
-    @property
-    def version(self) -> str:
-        return self.detector.manifest.version
+    def key(self) -> Key:
+        return Key(self.name, self.version)
 
     @property
     def has_map(self) -> bool:
@@ -72,8 +74,8 @@ class Model:
         """What `GET /v1/models` says about it."""
         manifest = self.detector.manifest
         return {
-            "name": manifest.name,
-            "version": manifest.version,
+            "name": self.name,
+            "version": self.version,
             "kind": manifest.kind,
             "likelihood": manifest.likelihood,
             "score_name": manifest.score_name,
@@ -92,92 +94,179 @@ class Model:
 
 
 class Models:
-    """The models by name, the default one, and whether they take requests.
+    """The models by name and version, and whether they take requests.
+
+    What is served changes in one assignment, `publish`; a request keeps the model it found.
+
+    Args:
+        models: what is served from the start.
+        default: the model that is meant where none is named; None takes the only one.
+        metrics: the daemon's.
+
+    Attributes:
+        by_name: the current version of each model.
+        started: whether every configured model has been loaded once.
+        accepting: false before that and from the moment that shutdown is asked for.
+        healthy: whether all workers are alive.
+        stopping: whether connections are to be given up.
 
     Raises:
-        UsageError: two models of one name, or a default that is not among them.
+        UsageError: a default that is not among the models.
     """
 
     def __init__(
-        self, models: Sequence[Model], *, default: str | None = None, metrics: Metrics
+        self, models: Sequence[Model] = (), *, default: str | None = None, metrics: Metrics
     ) -> None:
-        self.by_name = {model.name: model for model in models}
         self.metrics = metrics
-        self.names = ", ".join(sorted(self.by_name))
-        if default is None and len(models) == 1:
-            default = models[0].name
-        if default is not None and default not in self.by_name:
-            raise UsageError(f"--default-model {default}: not served; there are {self.names}")
-        self.default = default
-        self._ready = False
+        self._default = default
+        self.by_name: dict[str, Model] = {}
+        self.started = False
+        self.healthy = True
+        self.stopping = False
+        self._accepting = False
+        self._staged: dict[Key, Model] = {}
+        self._by_key: dict[Key, Model] = {}
+        self._leaving: frozenset[str] = frozenset()
+        if models:
+            self._staged = {model.key: model for model in models}
+            self.publish(list(self._staged), newest(self._staged))
+            self.check_default()
+
+    @property
+    def default(self) -> str | None:
+        """The model that is meant where none is named."""
+        if self._default is None and len(self.by_name) == 1:
+            return next(iter(self.by_name))
+        return self._default
+
+    @property
+    def names(self) -> str:
+        """The models' names, for messages."""
+        return ", ".join(sorted(self.by_name)) or "none"
 
     @property
     def ready(self) -> bool:
-        """Whether to send requests here; false from the moment that shutdown is asked for."""
-        return self._ready and bool(self.by_name)
+        """Whether to send requests here."""
+        return self._accepting and self.healthy and bool(self.by_name)
 
     @ready.setter
     def ready(self, ready: bool) -> None:
-        self._ready = ready
-        for model in self.by_name.values():
-            model.metrics.ready.set(ready)
+        self._accepting = ready
+        self._report()
 
-    def find(self, name: str | None) -> Model:
-        """The model called `name`, the default one for None.
+    def check_default(self) -> None:
+        """Refuse a default that is not served.
 
         Raises:
-            Problem: 404 no such model, 400 no default among several.
+            UsageError: it is not.
+        """
+        if self._default is not None and self._default not in self.by_name:
+            raise UsageError(
+                f"--default-model {self._default}: not served; there are {self.names}"
+            )
+
+    def find(self, name: str | None, version: str | None = None) -> Model:
+        """The model called `name`, the default one for None; its current version for None.
+
+        Raises:
+            Problem: 404 no such model or version, 400 no default among several, 503 none yet.
         """
         if name is None:
             name = self.default
             if name is None:
+                if not self.started:
+                    raise Problem(503, "loading", "the models are being loaded; come again")
                 detail = f"there is no default model; use /v1/models/NAME/score with {self.names}"
                 raise Problem(400, "no_default_model", detail)
         model = self.by_name.get(name)
+        if model is not None and (version is None or version == model.version):
+            return model
+        if not self.started:
+            raise Problem(503, "loading", "the models are being loaded; come again")
         if model is None:
             raise Problem(404, "unknown_model", f"no such model; there are {self.names}")
-        return model
+        found = self._by_key.get(Key(name, str(version)))
+        if found is None:
+            there = ", ".join(self.versions(name))
+            raise Problem(404, "unknown_version", f"no such version of {name}; there are {there}")
+        return found
+
+    def versions(self, name: str) -> list[str]:
+        """The versions of a model that are served, the oldest first."""
+        return sorted((key.version for key in self._by_key if key.name == name), key=by_age)
+
+    def all(self) -> list[Model]:
+        """Every version of every model."""
+        return list(self._by_key.values())
+
+    def is_ready(self, model: Model) -> bool:
+        """Whether to send requests for this model here."""
+        return self._accepting and model.name not in self._leaving
+
+    # What the repository does; in a thread of its own.
+
+    def load(self, key: Key, path: Path, settings: ServeSettings) -> None:
+        """Load, verify, check and warm a bundle; it waits to be published.
+
+        Raises:
+            BundleError: what is wrong with it.
+            UsageError: a device that is not here.
+        """
+        started = time.perf_counter()
+        detector = Detector.load(path, device=settings.device, threads=settings.threads)
+        model = make_model(detector, settings, self.metrics, key=key)
+        model.metrics.load_seconds.set(time.perf_counter() - started)
+        self._staged[key] = model
+
+    def publish(
+        self,
+        keys: Collection[Key],
+        current: Mapping[str, str],
+        leaving: Collection[str] = (),
+    ) -> None:
+        """Serve these versions from now on, those just loaded in the place of their like.
+
+        Args:
+            keys: all that is to be served; loaded before.
+            current: model -> the version that is meant where none is named.
+            leaving: models that will soon be served no more; already not ready.
+        """
+        staged, self._staged = self._staged, {}
+        before = self._by_key
+        after = {key: staged.get(key) or before[key] for key in keys}
+        self._leaving = frozenset(leaving)
+        self._by_key = after
+        self.by_name = {
+            name: after[Key(name, version)] for name, version in sorted(current.items())
+        }
+        for key in before.keys() - after.keys():
+            self.metrics.forget(*key)
+        for key, model in after.items():
+            if model is not before.get(key):
+                _announce(model, self.metrics)
+        self._report()
+
+    def _report(self) -> None:
+        for model in self._by_key.values():
+            model.metrics.ready.set(self.is_ready(model))
 
     def close(self) -> None:
         """Finish the batches that are being run."""
-        for model in self.by_name.values():
+        for model in self._by_key.values():
             model.batcher.close()
 
 
-def load_models(settings: ServeSettings, metrics: Metrics) -> Models:
-    """Every density that the settings name, one after the other.
-
-    Raises:
-        BundleError: nothing there, a bundle that is broken, or one that is named and no density.
-        UsageError: two bundles of one name, or an unknown default.
-    """
-    models: dict[str, Model] = {}
-    origins: dict[str, Path] = {}
-    others = []
-    for path, named in _bundles(settings.bundles).items():
-        started = time.perf_counter()
-        bundle = read_bundle(path)
-        if bundle.manifest.kind != "density" and not named:
-            others.append(f"{path} ({bundle.manifest.kind})")
-            continue
-        detector = Detector.start(bundle, device=settings.device, threads=settings.threads)
-        name = detector.manifest.name
-        if name in models:
-            raise UsageError(f"two bundles are called {name}: {origins[name]} and {path}")
-        models[name] = make_model(detector, settings, metrics)
-        origins[name] = path
-        models[name].metrics.load_seconds.set(time.perf_counter() - started)
-    if others:
-        logger.warning("not served, for they have no density: %s", ", ".join(others))
-    if not models:
-        raise BundleError(f"{', '.join(settings.bundles)}: no density there; {REMEDY}")
-    return Models(list(models.values()), default=settings.default_model, metrics=metrics)
-
-
-def make_model(detector: Detector, settings: ServeSettings, metrics: Metrics) -> Model:
+def make_model(
+    detector: Detector,
+    settings: ServeSettings,
+    metrics: Metrics,
+    *,
+    key: Key | None = None,
+) -> Model:
     """A loaded detector behind a batcher, run once."""
     manifest = detector.manifest
-    observed = ModelMetrics(metrics, manifest.name)
+    key = key or Key(manifest.name, manifest.version)
+    observed = ModelMetrics(metrics, *key, manifest.classes or ())
     infer_seconds = observed.infer_seconds
     batch_images = observed.batch_images
 
@@ -188,24 +277,40 @@ def make_model(detector: Detector, settings: ServeSettings, metrics: Metrics) ->
         batch_images.observe(len(jobs))
         return answers
 
-    _score(detector, [Job(_blank(detector), detector.alpha(None))])  # warm, and not counted
     batcher = Batcher(
         run,
         max_batch=settings.max_batch,
         max_wait=settings.max_wait,
         capacity=settings.queue_images,
+        most_bytes=settings.queue_bytes,
+        longest=settings.queue_wait,
         timeout=settings.request_timeout,
+        size=_size,
         waited=observed.queue_seconds.observe,
     )
-    observed.watch_queue(lambda: batcher.depth, batcher.capacity)
+    _score(detector, [Job(_blank(detector), detector.alpha(None))])  # warm, and not counted
+    return Model(*key, detector, batcher, observed)
+
+
+def by_age(version: str) -> list[tuple[bool, int, str]]:
+    """A sorting key by which version 10 is newer than version 9."""
+    parts = re.split(r"(\d+)", version)
+    return [(part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in parts]
+
+
+def newest(keys: Collection[Key]) -> dict[str, str]:
+    """Model -> its newest version."""
+    return {key.name: key.version for key in sorted(keys, key=lambda key: by_age(key.version))}
+
+
+def _announce(model: Model, metrics: Metrics) -> None:
+    manifest, batcher = model.detector.manifest, model.batcher
+    model.metrics.watch_queue(lambda: batcher.depth, batcher.capacity)
+    model.metrics.created.set(datetime.fromisoformat(manifest.created).timestamp())
+    metrics.model_info.remove_by_labels({"model": model.name, "version": model.version})
     metrics.model_info.labels(
-        manifest.name,
-        manifest.version,
-        manifest.kind,
-        manifest.likelihood,
-        detector.session.provider,
+        *model.key, manifest.kind, manifest.likelihood, model.detector.session.provider
     ).set(1)
-    return Model(detector, batcher, observed)
 
 
 def _score(detector: Detector, jobs: list[Job]) -> list[Scored]:
@@ -215,20 +320,11 @@ def _score(detector: Detector, jobs: list[Job]) -> list[Scored]:
     return [Scored(judged[job.alpha][row], raw, row) for row, job in enumerate(jobs)]
 
 
+def _size(job: Job) -> int:
+    return job.pixels.nbytes
+
+
 def _blank(detector: Detector) -> NDArray[np.uint8]:
     spec = detector.spec
     size = spec.height * spec.shrink, spec.width * spec.shrink
     return np.zeros((*size, spec.channels), np.uint8)
-
-
-def _bundles(given: Sequence[str]) -> dict[Path, bool]:
-    """The bundles there are, and of each whether it was named itself."""
-    named: dict[Path, bool] = {}
-    for text in given:
-        found = find_bundles(text)
-        if not found:
-            raise BundleError(f"{text}: no bundle there; {REMEDY}")
-        for path in found:
-            place = path.resolve()
-            named[place] = named.get(place, False) or path == Path(text)
-    return named

@@ -1,8 +1,11 @@
-"""`GET /openapi.json`: the HTTP surface, described."""
+"""`GET /openapi.json`: the HTTP surface, described; `/v2` is in openapi_v2.py."""
 
 from __future__ import annotations
 
 from typing import Any
+
+from anomalyd.serve.openapi_v2 import PATHS as V2_PATHS
+from anomalyd.serve.openapi_v2 import SCHEMAS as V2_SCHEMAS
 
 __all__ = ["OPENAPI"]
 
@@ -75,6 +78,8 @@ SCORE = {
     },
     "responses": {
         "200": _answer("one result an image, in order", _ref("Scores")),
+        "401": _problem("no token, or an unknown one, where the daemon wants one"),
+        "403": _problem("a token without the scope score"),
         "400": _problem("empty body, bad parameter, unreachable alpha, no map, no default model"),
         "404": _problem("unknown model"),
         "408": _problem("the body arrived too slowly"),
@@ -178,7 +183,11 @@ OPENAPI: dict[str, Any] = {
             "get": {
                 "operationId": "listModels",
                 "summary": "What is served",
-                "responses": {"200": _answer("the models", {"type": "object"})},
+                "responses": {
+                    "200": _answer("the models", {"type": "object"}),
+                    "401": _problem("no token, or an unknown one, where the daemon wants one"),
+                    "403": _problem("a token without the scope score"),
+                },
             }
         },
         "/livez": {
@@ -194,7 +203,17 @@ OPENAPI: dict[str, Any] = {
                 "summary": "Whether to send requests here",
                 "responses": {
                     "200": _answer("yes", {"type": "object"}),
-                    "503": _answer("no: shutting down", {"type": "object"}),
+                    "503": _answer("no: still loading, or shutting down", {"type": "object"}),
+                },
+            }
+        },
+        "/startupz": {
+            "get": {
+                "operationId": "started",
+                "summary": "Whether the first load is over",
+                "responses": {
+                    "200": _answer("yes, and from now on", {"type": "object"}),
+                    "503": _answer("not yet", {"type": "object"}),
                 },
             }
         },
@@ -202,14 +221,22 @@ OPENAPI: dict[str, Any] = {
             "get": {
                 "operationId": "metrics",
                 "summary": "Metrics for Prometheus",
-                "responses": {"200": {"description": "the text format, or OpenMetrics"}},
+                "responses": {
+                    "200": {"description": "the text format, or OpenMetrics"},
+                    "401": _problem("no token, or an unknown one, where the daemon wants one"),
+                    "403": _problem("a token without the scope score"),
+                },
             }
         },
         "/openapi.json": {
             "get": {
                 "operationId": "describe",
                 "summary": "This description",
-                "responses": {"200": _answer("OpenAPI 3.1", {"type": "object"})},
+                "responses": {
+                    "200": _answer("OpenAPI 3.1", {"type": "object"}),
+                    "401": _problem("no token, or an unknown one, where the daemon wants one"),
+                    "403": _problem("a token without the scope score"),
+                },
             }
         },
         "/": {
@@ -219,6 +246,11 @@ OPENAPI: dict[str, Any] = {
                 "responses": {"200": {"description": "HTML", "content": {"text/html": {}}}},
             }
         },
+        **V2_PATHS,
     },
-    "components": {"schemas": SCHEMAS},
+    "components": {
+        "schemas": {**SCHEMAS, **V2_SCHEMAS},
+        "securitySchemes": {"bearer": {"type": "http", "scheme": "bearer"}},
+    },
+    "security": [{}, {"bearer": []}],
 }

@@ -1,7 +1,8 @@
 """The daemon: from settings to a process that serves until it is told to stop.
 
-start:    bind -> verify, load and warm every bundle -> listen -> ready
-SIGTERM:  not ready -> drain delay -> stop listening -> finish what is under way -> exit 0
+start:    listen -> verify, load and warm every bundle -> ready
+SIGHUP:   read tokens and bundles again
+SIGTERM:  not ready -> drain delay -> stop listening -> finish what is under way -> flush -> exit 0
 """
 
 from __future__ import annotations
@@ -9,44 +10,108 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Coroutine, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
 
 import prometheus_client
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from anomalyd.errors import AnomalydError
+from anomalyd.errors import AnomalydError, UsageError
+from anomalyd.serve import logs
+from anomalyd.serve.access import ADMIN, Access
 from anomalyd.serve.app import create_app
+from anomalyd.serve.control import Control, Local
+from anomalyd.serve.events import Events
 from anomalyd.serve.metrics import Metrics
-from anomalyd.serve.models import Models, load_models
+from anomalyd.serve.models import Models
+from anomalyd.serve.notify import inherited, notify, reloading, watchdog_seconds
+from anomalyd.serve.scoring import Scorer
 from anomalyd.serve.settings import ServeSettings
 
-__all__ = ["main"]
+if TYPE_CHECKING:
+    from anomalyd.serve.rpc import Rpc
+
+__all__ = ["Owner", "bind", "check", "main", "serve"]
 
 logger = logging.getLogger(__name__)
 
 BACKLOG = 1024
 MOST_HEAD_BYTES = 64 << 10
+REPORT_SECONDS = 0.5  # until the health service of gRPC says what /readyz says
+LINGER_SECONDS = 1.0  # for requests that are on their way on connections about to be closed
+FLUSH_SECONDS = 5.0
+
+
+class Owner(Control, Protocol):
+    """Who owns what is served, as the process that serves it sees him."""
+
+    busy: int
+
+    async def started(self) -> None:
+        """Return once everything is loaded.
+
+        Raises:
+            AnomalydError: why that cannot be.
+        """
+
+    async def refresh(self, *, settle: bool = False) -> None:
+        """Serve what is on disk now."""
 
 
 def main(settings: ServeSettings) -> None:
     """Serve until SIGTERM or SIGINT.
 
     Raises:
-        AnomalydError: an address that cannot be had, or what `load_models` refuses.
+        AnomalydError: an address that cannot be had, or bundles that cannot be loaded.
+        UsageError: settings that contradict one another.
     """
-    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+    logs.configure(as_json=settings.log_format == "json", requests=settings.log_requests)
     prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
-    # Bound before the models load, so that a port in use is known at once; nobody is let in yet.
-    with bind(settings.host, settings.port) as listener:
-        models = load_models(settings, Metrics())
-        listen(listener)
-        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-            runner.run(_serve(models, settings, listener))
+    access = check(settings)
+    handed = inherited()
+    with handed or bind(settings.host, settings.port) as listener:
+        if handed is None:
+            listen(listener)
+        models = Models(default=settings.default_model, metrics=Metrics())
+        serve(
+            settings,
+            listener,
+            models,
+            Local(settings, models),
+            access,
+            # Who shares a socket must not let anybody in whom others could serve already.
+            early=handed is None,
+        )
+
+
+def check(settings: ServeSettings) -> Access | None:
+    """Refuse settings that contradict one another; the tokens, where there are any.
+
+    Raises:
+        UsageError: what is wrong and how to mend it.
+    """
+    if (settings.tls_cert is None) != (settings.tls_key is None):
+        raise UsageError("--tls-cert and --tls-key: give both, or none for plain HTTP")
+    for flag, file in (("--tls-cert", settings.tls_cert), ("--tls-key", settings.tls_key)):
+        if file is not None and not os.access(file, os.R_OK):
+            raise UsageError(f"{flag} {file}: no such file, or it may not be read")
+    access = None if settings.tokens is None else Access(settings.tokens)
+    if settings.grpc_port is not None:
+        from anomalyd.serve import rpc  # noqa: F401  # says which extra is missing
+    if settings.grpc_port == 0 and settings.workers > 1:
+        raise UsageError("--grpc-port 0: several workers must share one port; name it")
+    if settings.repository_api and (access is None or not access.grants(ADMIN)):
+        raise UsageError(
+            "--repository-api: whoever may load models needs a token; give --tokens a file "
+            "with one of the scope admin"
+        )
+    return access
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -89,9 +154,59 @@ def _unavailable(host: str, port: int, error: OSError) -> str:
     return f"{host} port {port}: {error.strerror}; choose another with --port or --host"
 
 
-async def _serve(models: Models, settings: ServeSettings, listener: socket.socket) -> None:
+def serve(
+    settings: ServeSettings,
+    listener: socket.socket,
+    models: Models,
+    owner: Owner,
+    access: Access | None,
+    *,
+    early: bool,
+) -> None:
+    """Serve on a listening socket until SIGTERM or SIGINT.
+
+    Args:
+        settings: the daemon's.
+        listener: the socket.
+        models: what requests see; filled by the owner.
+        owner: who loads them.
+        access: who may do what.
+        early: let clients in before the models are loaded, to answer probes.
+
+    Raises:
+        AnomalydError: why nothing can be served.
+    """
+    events = None if settings.events is None else Events(settings.events, models.metrics)
+    daemon = _Daemon(settings, models, owner, access, Scorer(settings, models.metrics, events))
+    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        server = runner.run(_run(daemon, listener, early=early))
+    models.close()
+    if events is not None:
+        events.close(FLUSH_SECONDS)
+    if owner.busy:
+        # A bundle is still being loaded, in a thread that nothing can stop.
+        sys.stderr.flush()
+        os._exit(0)
+    if server.failure is not None:
+        raise server.failure
+
+
+@dataclass(frozen=True)
+class _Daemon:
+    settings: ServeSettings
+    models: Models
+    owner: Owner
+    access: Access | None
+    scorer: Scorer
+
+
+async def _run(daemon: _Daemon, listener: socket.socket, *, early: bool) -> _Server:
+    settings = daemon.settings
+    app = create_app(
+        daemon.models, settings, daemon.owner, scorer=daemon.scorer, access=daemon.access
+    )
     config = uvicorn.Config(
-        create_app(models, settings),
+        app,
         http=_protocol(settings.body_timeout),
         ws="none",
         loop="none",
@@ -103,52 +218,166 @@ async def _serve(models: Models, settings: ServeSettings, listener: socket.socke
         backlog=BACKLOG,
         timeout_keep_alive=settings.keep_alive,
         timeout_graceful_shutdown=settings.drain_timeout,
+        ssl_certfile=settings.tls_cert,
+        ssl_keyfile=settings.tls_key,
     )
-    server = _Server(config, models, settings.drain_delay)
-    try:
-        await server.serve([listener])
-    finally:
-        models.close()
+    server = _Server(config, daemon, early=early)
+    await server.serve([listener])
+    return server
 
 
 class _Server(uvicorn.Server):
-    """A uvicorn server that says "not ready" before it stops, and then exits with 0."""
+    """A uvicorn server that says "not ready" before it stops, and then exits with 0.
 
-    def __init__(self, config: uvicorn.Config, models: Models, drain_delay: float) -> None:
+    Attributes:
+        failure: why nothing could be served.
+    """
+
+    def __init__(self, config: uvicorn.Config, daemon: _Daemon, *, early: bool) -> None:
         super().__init__(config)
-        self._models = models
-        self._drain_delay = drain_delay
-        self._stopping = False
+        self.failure: AnomalydError | None = None
+        self._daemon = daemon
+        self._early = early
+        self._rpc: Rpc | None = None
+        self._told = asyncio.Event()
+        self._tasks: set[asyncio.Task[None]] = set()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        self._models.ready = True
+        if self._early:
+            await super().startup(sockets)
+        loading = self._background(self._load())
+        stopping = self._background(self._told_to_stop())
+        if not self._early:
+            await asyncio.wait({loading, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            if self.should_exit:
+                return
+            await super().startup(sockets)
+            self._ready(sockets)
+        else:
+            loading.add_done_callback(lambda _: self._ready(sockets))
+        await self._start_rpc()
+        seconds = watchdog_seconds()
+        if seconds is not None:
+            self._background(self._every(seconds, self._watchdog))
+
+    async def _start_rpc(self) -> None:
+        daemon = self._daemon
+        if daemon.settings.grpc_port is None:
+            return
+        from anomalyd.serve.rpc import Rpc
+
+        self._rpc = Rpc(daemon.models, daemon.scorer, daemon.owner, daemon.settings, daemon.access)
+        try:
+            port = await self._rpc.start()
+        except AnomalydError as error:
+            self.failure = error
+            self.should_exit = True
+        else:
+            logger.info("gRPC", extra={"fields": {"port": port}})
+            self._background(self._every(REPORT_SECONDS, self._rpc.report))
+
+    async def _load(self) -> None:
+        try:
+            await self._daemon.owner.started()
+        except AnomalydError as error:
+            self.failure = error
+            self.should_exit = True
+
+    def _ready(self, sockets: list[socket.socket] | None) -> None:
+        if self.should_exit or self._told.is_set():
+            return
+        self._daemon.models.ready = True
         for listener in sockets or []:
-            _announce(self._models, listener)
+            _announce(self._daemon, listener)
+        notify("READY=1", f"STATUS=serving {self._daemon.models.names}")
+        if self._daemon.settings.watch:
+            self._background(self._every(self._daemon.settings.watch, self._look))
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        for server in self.servers:
+            server.close()
+        if self._rpc is not None:
+            await self._rpc.stop(self._daemon.settings.drain_timeout)
+        # Every answer now says "close", so whoever is at work goes away by himself.
+        waited = 0.0
+        while self.server_state.connections and waited < LINGER_SECONDS and not self.force_exit:
+            await asyncio.sleep(0.05)
+            waited += 0.05
+        await super().shutdown(sockets)
+        for task in self._tasks:
+            task.cancel()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         # uvicorn's own raises the signal again at the end, and the process would die of it.
-        numbers = (signal.SIGTERM, signal.SIGINT)
+        handlers: dict[int, Callable[[], None]] = {signal.SIGTERM: self._stop}
+        handlers[signal.SIGINT] = self._stop
+        if hasattr(signal, "SIGHUP"):
+            handlers[signal.SIGHUP] = self._reload
         loop = asyncio.get_running_loop()
 
         def caught(number: int, frame: object) -> None:
-            loop.call_soon_threadsafe(self._stop, loop)
+            loop.call_soon_threadsafe(handlers[number])
 
-        before = {number: signal.signal(number, caught) for number in numbers}
+        before = {number: signal.signal(number, caught) for number in handlers}
         try:
             yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def _stop(self, loop: asyncio.AbstractEventLoop) -> None:
-        if self._stopping:
+    def _stop(self) -> None:
+        if self._told.is_set():
             self.should_exit = self.force_exit = True  # asked for a second time: now
             return
-        self._stopping = True
-        self._models.ready = False
-        loop.call_later(self._drain_delay, setattr, self, "should_exit", True)
+        self._told.set()
+
+    async def _told_to_stop(self) -> None:
+        await self._told.wait()
+        notify("STOPPING=1")
+        models = self._daemon.models
+        models.ready = False
+        if models.started:
+            models.stopping = True
+            delay = self._daemon.settings.drain_delay
+            asyncio.get_running_loop().call_later(delay, setattr, self, "should_exit", True)
+        else:  # nobody has been sent here yet
+            self.should_exit = True
+
+    def _reload(self) -> None:
+        self._background(self._reloaded())
+
+    async def _reloaded(self) -> None:
+        reloading()
+        if self._daemon.access is not None:
+            try:
+                self._daemon.access.reload()
+            except UsageError as error:
+                logger.error("the tokens stay as they are: %s", error)
+        await self._daemon.owner.refresh()
+        notify("READY=1", f"STATUS=serving {self._daemon.models.names}")
+
+    async def _look(self) -> None:
+        await self._daemon.owner.refresh(settle=True)
+
+    async def _watchdog(self) -> None:
+        notify("WATCHDOG=1")
+
+    async def _every(self, seconds: float, act: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        while True:
+            await asyncio.sleep(seconds)
+            await act()
+
+    def _background(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+        return task
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("a task of the daemon ended", exc_info=error)
 
 
 def _protocol(head_timeout: float) -> type[asyncio.Protocol]:
@@ -207,8 +436,15 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
     return factory
 
 
-def _announce(models: Models, listener: socket.socket) -> None:
+def _announce(daemon: _Daemon, listener: socket.socket) -> None:
+    models = daemon.models
     host, port = listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
+    scheme = "http" if daemon.settings.tls_cert is None else "https"
+    where = f"{scheme}://{shown}:{port}"
+    if daemon.settings.log_format == "json":
+        fields = {"models": list(models.by_name), "url": where, "default": models.default}
+        logger.info("serving", extra={"fields": fields})
+        return
     default = f", default {models.default}" if models.default else ""
-    print(f"serving {models.names} on http://{shown}:{port}{default}", file=sys.stderr, flush=True)
+    print(f"serving {models.names} on {where}{default}", file=sys.stderr, flush=True)

@@ -171,7 +171,7 @@ def test_unreachable_alpha_names_the_images_still_needed():
                 assert conformal.check_alpha(hint, n, confidence) == hint
 
 
-@pytest.mark.parametrize("alpha", [0.0, 1.0, -1.0, math.nan])
+@pytest.mark.parametrize("alpha", [0.0, 1.0, -1.0, 5e-324, math.nan])
 def test_alpha_outside_the_unit_interval_is_refused(alpha):
     """0 and 1 are no rates of false alarms; NaN is none either."""
     with pytest.raises(UsageError, match="alpha must lie between 0 and 1"):

@@ -6,6 +6,9 @@ import dataclasses
 import io
 import json
 import math
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -336,3 +339,27 @@ def test_available_cpus_respects_a_quota(tmp_path, monkeypatch):
     assert runtime._cgroup_quota(tmp_path) == 2.0
     monkeypatch.setattr(runtime, "_cgroup_quota", lambda root: 0.2)
     assert available_cpus() == 1
+
+
+LOAD = """
+import sys
+from anomalyd import Detector
+Detector.load(sys.argv[1], device="cpu")
+"""
+
+
+@pytest.mark.parametrize(("asked", "files"), [({}, False), ({"ORT_DISABLE_TELEMETRY": "0"}, True)])
+def test_onnxruntime_reports_home_only_where_asked(asked, files, tmp_path):
+    """It keeps a device id and a queue of reports in the home folder unless it is told not to."""
+    bundle = tiny.tiny_bundle(tmp_path / "bundle")
+    home = tmp_path / "home"
+    home.mkdir()
+    # Nothing else is passed on: it also keeps still where it sees that it is in CI.
+    kept = {name: os.environ[name] for name in ("PATH", "PYTHONPATH") if name in os.environ}
+    subprocess.run(
+        [sys.executable, "-c", LOAD, str(bundle)],
+        check=True,
+        env=kept | {"HOME": str(home), "OMP_NUM_THREADS": "1"} | asked,
+    )
+
+    assert any(home.rglob("deviceid")) == files

@@ -6,76 +6,31 @@ import asyncio
 import base64
 import io
 import json
-import threading
 from dataclasses import replace
 
-import httpx
 import numpy as np
 import pytest
+from daemons import (
+    COLOUR,
+    JPEG,
+    NORMAL,
+    OUTLIER,
+    RANGE,
+    check_problem,
+    encoded,
+    fake_daemon,
+    serve,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from prometheus_client.parser import text_string_to_metric_families
 from tiny import SIDE, draw, tiny_bundle
 
 from anomalyd.detect.detector import Detector
-from anomalyd.detect.runtime import Raw
 from anomalyd.errors import UsageError
-from anomalyd.serve.app import create_app
 from anomalyd.serve.metrics import Metrics
-from anomalyd.serve.models import Models, load_models, make_model
+from anomalyd.serve.models import Models
 from anomalyd.serve.openapi import OPENAPI
-from anomalyd.serve.settings import ServeSettings
-
-BRIGHT = np.full((SIDE, SIDE, 1), 255, np.uint8)
-
-
-def encoded(pixels, kind="PNG", **options):
-    stream = io.BytesIO()
-    Image.fromarray(pixels.squeeze()).save(stream, kind, **options)
-    return stream.getvalue()
-
-
-NORMAL = encoded(draw(1, seed=7)[0])
-OUTLIER = encoded(BRIGHT)
-COLOUR = encoded(np.zeros((9, 9, 3), np.uint8))
-JPEG = encoded(np.zeros((16, 16), np.uint8), "JPEG")
-RANGE = st.integers(0, 30)
-
-
-class Daemon:
-    """An application and its models, asked without a network."""
-
-    def __init__(self, models, settings):
-        self.models = models
-        self.app = create_app(models, settings)
-
-    async def send(self, method, path, **request):
-        transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
-        async with httpx.AsyncClient(transport=transport, base_url="http://daemon") as client:
-            return await client.request(method, path, **request)
-
-    def ask(self, method, path, **request):
-        return asyncio.run(self.send(method, path, **request))
-
-    def score(self, body, path="/v1/score", **request):
-        return self.ask("POST", path, content=body, **request)
-
-    def metric(self, name, **labels):
-        """The value of one sample in /metrics; None where there is none."""
-        text = self.ask("GET", "/metrics").text
-        for family in text_string_to_metric_families(text):
-            for sample in family.samples:
-                if sample.name == name and labels.items() <= sample.labels.items():
-                    return sample.value
-        return None
-
-
-def serve(*paths, **changes):
-    settings = ServeSettings(bundles=tuple(map(str, paths)), threads=1, **changes)
-    models = load_models(settings, Metrics())
-    models.ready = True
-    return Daemon(models, settings)
 
 
 @pytest.fixture(scope="module")
@@ -102,63 +57,13 @@ def pair(tmp_path):
     daemon.models.close()
 
 
-class FakeDetector(Detector):
-    """The tiny detector whose session can be held up or made to fail."""
-
-    @classmethod
-    def around(cls, path):
-        detector = Detector.load(path, device="cpu", threads=1)
-        detector.session = FakeSession(detector.session)
-        return detector
-
-
-class FakeSession:
-    provider = "Fake"
-
-    def __init__(self, session):
-        self.session = session
-        self.open = threading.Event()
-        self.open.set()
-        self.broken = False
-        self.floor = None
-        self.ran = 0
-
-    def run(self, images, *, nll_map=False, **_):
-        assert self.open.wait(10)
-        self.ran += len(images)
-        if self.broken:
-            raise RuntimeError("the device is on fire")
-        raw = self.session.run(images, nll_map=nll_map)
-        if self.floor is not None:
-            return Raw(np.full_like(raw.log_likelihood, self.floor), raw.statistics, raw.nll_map)
-        return raw
-
-
 @pytest.fixture
 def fake(bundle):
     """A daemon over a FakeSession, with a queue of two images and batches of one."""
-    settings = ServeSettings(queue_images=2, max_batch=1, request_timeout=5.0)
-    metrics = Metrics()
-    model = make_model(FakeDetector.around(bundle), settings, metrics)
-    daemon = Daemon(Models([model], metrics=metrics), settings)
-    daemon.session = model.detector.session
-    daemon.batcher = model.batcher
+    daemon = fake_daemon(bundle, queue_images=2, max_batch=1)
     yield daemon
     daemon.session.open.set()
     daemon.models.close()
-
-
-def check_problem(response, status, reason=None):
-    """The answer is problem details of this status and reason."""
-    assert response.status_code == status, response.text
-    assert response.headers["content-type"] == "application/problem+json"
-    content = response.json()
-    assert content["status"] == status
-    assert content["title"]
-    assert content["detail"]
-    assert "\n" not in content["detail"]
-    if reason is not None:
-        assert content["reason"] == reason
 
 
 def test_one_image_gets_the_library_s_verdict(daemon, bundle):
@@ -387,8 +292,8 @@ def test_overload_is_503_with_retry_after(fake):
     check_problem(refused, 503, "queue_full")
     assert refused.headers["retry-after"] == "1"
     assert [response.status_code for response in answered] == [200, 200, 200]
-    assert 'anomalyd_queue_depth{model="tiny"} 2.0' in metrics.text
-    assert 'anomalyd_queue_capacity{model="tiny"} 2.0' in metrics.text
+    assert 'anomalyd_queue_depth{model="tiny",version="1"} 2.0' in metrics.text
+    assert 'anomalyd_queue_capacity{model="tiny",version="1"} 2.0' in metrics.text
     assert fake.metric("anomalyd_rejected_total", reason="queue_full") == 1
 
 

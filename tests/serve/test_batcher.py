@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from anomalyd.serve.batcher import Batcher, BatchFailed, Expired, QueueFull
+from anomalyd.serve.batcher import Batcher, BatchFailed, Expired, Late, Pace, QueueFull
 
 
 class Worker:
@@ -105,17 +105,22 @@ def test_each_answer_belongs_to_its_request(pauses, delays, poison, gone, max_ba
         batch = next((batch for batch in worker.batches if job in batch), [])
         if job in gone:
             assert answer is None
-        elif poison & set(batch):
+        elif job in poison:
             assert answer == "failed"
+        elif poison & set(batch):
+            assert answer == (job, (job,))
         else:
             assert answer == (job, tuple(batch))
-    ran = [job for batch in worker.batches for job in batch]
-    assert len(set(ran)) == len(ran)
+    first = [set(batch) for batch in worker.batches]
+    for i, batch in enumerate(first):
+        # A job runs again only alone, and only where its batch was poisoned.
+        assert all(not batch & before or len(batch) == 1 for before in first[:i])
+        assert all(before & poison for before in first[:i] if batch & before)
     assert all(len(batch) <= max_batch for batch in worker.batches)
 
 
-def test_a_failing_batch_fails_only_its_own_jobs(caplog):
-    """The batch after a failed one is answered."""
+def test_a_bad_job_fails_alone(caplog):
+    """The others of its batch are run again, each by itself; later batches never notice."""
     worker = Gate(poison={1})
 
     async def scenario():
@@ -127,8 +132,8 @@ def test_a_failing_batch_fails_only_its_own_jobs(caplog):
         return answers
 
     answers = asyncio.run(scenario())
-    assert [type(answer) for answer in answers] == [BatchFailed, BatchFailed, tuple, tuple]
-    assert "a batch of 2 images failed" in caplog.text
+    assert [type(answer) for answer in answers] == [tuple, BatchFailed, tuple, tuple]
+    assert "1 of a batch of 2 images failed" in caplog.text
 
 
 def test_a_worker_that_loses_an_answer_fails_its_batch():
@@ -136,7 +141,7 @@ def test_a_worker_that_loses_an_answer_fails_its_batch():
 
     async def scenario():
         batcher = batcher_of(lambda jobs: jobs[1:])
-        with pytest.raises(BatchFailed, match="2 jobs gave 1 answers"):
+        with pytest.raises(BatchFailed, match="1 jobs gave 0 answers"):
             await asyncio.gather(batcher.submit(1), batcher.submit(2))
         batcher.close()
 
@@ -272,3 +277,143 @@ def test_close_waits_for_the_batch_under_way():
 
     asyncio.run(scenario())
     assert worker.batches == [["first"]]
+
+
+def test_a_poisoned_run_is_retried_without_mixing_answers():
+    """Every good job of a poisoned batch gets the answer of its own run."""
+    worker = Gate(poison={2, 5})
+
+    async def scenario():
+        batcher = batcher_of(worker, max_batch=8)
+        futures = batcher.submit_all(list(range(8)))
+        worker.open.set()
+        answers = await asyncio.gather(*futures, return_exceptions=True)
+        batcher.close()
+        return answers
+
+    answers = asyncio.run(scenario())
+    for job, answer in enumerate(answers):
+        if job in (2, 5):
+            assert isinstance(answer, BatchFailed)
+        else:
+            assert answer == (job, (job,))
+
+
+def test_bytes_are_bounded():
+    """Jobs of more bytes than may wait are refused, all or none, and their room comes back."""
+    worker = Gate()
+
+    async def scenario():
+        batcher = batcher_of(worker, max_batch=1, most_bytes=10, size=len)
+        first = batcher.submit("a" * 9)
+        await busy(batcher)
+        waiting = batcher.submit_all(["bbbb", "cccc"])
+        with pytest.raises(QueueFull):
+            batcher.submit_all(["dd", "e"])
+        batcher.drop(waiting[0])
+        last = batcher.submit("dddddd")
+        worker.open.set()
+        await asyncio.gather(first, waiting[1], last)
+        assert batcher.depth == 0
+        batcher.submit("x" * 10)
+        batcher.close()
+
+    asyncio.run(scenario())
+
+
+def test_who_would_wait_too_long_is_refused_at_once():
+    """By the pace of earlier runs, and with the time that the wait will take."""
+    worker = Gate()
+
+    async def scenario():
+        batcher = batcher_of(worker, max_batch=1, longest=3.0)
+        batcher.pace.note(1, 0.6)
+        futures = [batcher.submit(0)]
+        await busy(batcher)
+        while batcher.wait <= 3.0:
+            batcher.admit(1)
+            futures.append(batcher.submit(1))
+        with pytest.raises(Late) as caught:
+            batcher.admit(1)
+        assert 3.0 < caught.value.wait <= 3.6
+        with pytest.raises(Late):
+            batcher.admit(1, timeout=0.5)
+        worker.open.set()
+        await asyncio.gather(*futures)
+        batcher.close()
+        return len(futures)
+
+    assert asyncio.run(scenario()) in (5, 6)
+
+
+def test_a_slow_model_has_room_for_a_few():
+    """Where one run takes longer than anybody may wait, four jobs may wait all the same."""
+    worker = Gate()
+
+    async def scenario():
+        batcher = batcher_of(worker, max_batch=1, longest=0.1)
+        batcher.pace.note(1, 50.0)
+        futures = [batcher.submit(0)]
+        await busy(batcher)
+        for job in range(3):
+            batcher.admit(1)
+            futures.append(batcher.submit(job))
+        worker.open.set()
+        await asyncio.gather(*futures)
+        batcher.close()
+
+    asyncio.run(scenario())
+
+
+def test_an_idle_model_lets_everything_in():
+    """Before anything waits no estimate refuses anybody, however slow the model has been."""
+
+    async def scenario():
+        batcher = batcher_of(Worker(), longest=0.1, capacity=64)
+        batcher.pace.note(1, 100.0)
+        batcher.admit(64)
+        with pytest.raises(QueueFull):
+            batcher.admit(65)
+        batcher.close()
+
+    asyncio.run(scenario())
+
+
+@given(st.lists(st.tuples(st.integers(1, 32), st.floats(1e-4, 10)), min_size=1, max_size=20))
+def test_the_pace_stays_within_what_was_measured(runs):
+    """An estimate a job lies between the fastest and the slowest that a job ever took."""
+    pace = Pace(32)
+    for jobs, seconds in runs:
+        pace.note(jobs, seconds)
+    each = [seconds / jobs for jobs, seconds in runs]
+    for jobs in (1, 2, 7, 32, 33, 100):
+        assert min(each) * 0.999 <= pace.seconds(jobs) / jobs <= max(each) * 1.001
+
+
+def test_one_held_up_run_changes_little():
+    """A run that took a hundred times as long moves the pace by a few of its like."""
+    pace = Pace(4)
+    for _ in range(10):
+        pace.note(1, 0.001)
+    pace.note(1, 0.1)
+    assert pace.seconds(1) < 0.007
+
+
+def test_a_deadline_of_one_s_own_is_kept():
+    """A job with a shorter timeout than the batcher's is not run after it."""
+    worker = Gate()
+
+    async def scenario():
+        batcher = batcher_of(worker, max_batch=1, timeout=60.0)
+        first = batcher.submit("first")
+        await busy(batcher)
+        late, patient = batcher.submit("late", 0.01), batcher.submit("patient")
+        await asyncio.sleep(0.03)
+        worker.open.set()
+        await asyncio.gather(first, patient)
+        with pytest.raises(Expired):
+            await late
+        batcher.close()
+
+    asyncio.run(scenario())
+    assert worker.batches == [["first"], ["patient"]]

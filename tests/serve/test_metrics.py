@@ -7,18 +7,27 @@ import subprocess
 
 import pytest
 
+from anomalyd.detect.detector import Verdict
 from anomalyd.serve.metrics import Metrics, ModelMetrics
+
+
+def verdict(bits_per_dim, **changes):
+    given = {"label": "shirt", "rejected": False, **changes}
+    return Verdict(bits_per_dim, "exact", 1.0, "nll", 0.5, 0.01, False, **given)
 
 
 @pytest.fixture
 def exposition():
     """Every metric with a value, in the text format."""
     metrics = Metrics()
-    model = ModelMetrics(metrics, "tiny")
-    model.judged(2.5, 0.5, "normal")
+    model = ModelMetrics(metrics, "tiny", "1", ["shirt"])
+    model.judged(verdict(2.5))
+    model.judged(verdict(2.5, label=None, rejected=True, reason="novel"))
+    model.answered()
     model.watch_queue(lambda: 3, 512)
     model.ready.set(1)
     model.load_seconds.set(0.2)
+    model.created.set(1.79e9)
     model.batch_images.observe(4)
     model.decode_seconds.observe(0.001)
     metrics.requests.labels("/v1/score", "200").inc()
@@ -66,5 +75,32 @@ def test_openmetrics_is_negotiated():
 def test_one_hopeless_image_does_not_drown_the_mean():
     """Bits per dimension are counted up to a bound."""
     metrics = Metrics()
-    ModelMetrics(metrics, "tiny").judged(1.7e308, 0.005, "outlier")
-    assert b'anomalyd_bpd_sum{model="tiny"} 256.0' in metrics.expose("")[0]
+    ModelMetrics(metrics, "tiny", "1", ["shirt"]).judged(verdict(1.7e308))
+    assert b'anomalyd_bpd_sum{model="tiny",version="1"} 256.0' in metrics.expose("")[0]
+
+
+def test_classes_are_counted():
+    """Labels given and refused, by the bundle's own classes and the two reasons."""
+    metrics = Metrics()
+    model = ModelMetrics(metrics, "tiny", "1", ["shirt", "boot"])
+    model.judged(verdict(2.5))
+    for reason in ("novel", "ambiguous", "novel"):
+        model.judged(verdict(2.5, label=None, rejected=True, reason=reason))
+
+    text = metrics.expose("")[0].decode()
+    assert 'anomalyd_labels_total{label="shirt",model="tiny",version="1"} 1.0' in text
+    assert 'anomalyd_labels_total{label="boot",model="tiny",version="1"} 0.0' in text
+    assert 'anomalyd_label_rejections_total{model="tiny",reason="novel",version="1"} 2.0' in text
+    assert 'anomalyd_images_total{model="tiny",verdict="rejected",version="1"} 3.0' in text
+
+
+def test_a_version_that_is_gone_leaves_no_series():
+    """A thousand reloads leave as many series as one."""
+    metrics = Metrics()
+    before = len(metrics.samples())
+    for version in map(str, range(50)):
+        model = ModelMetrics(metrics, "tiny", version, ["shirt"])
+        model.judged(verdict(2.5))
+        metrics.model_info.labels("tiny", version, "density", "exact", "CPU").set(1)
+        metrics.forget("tiny", version)
+    assert len(metrics.samples()) == before

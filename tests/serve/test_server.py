@@ -8,25 +8,26 @@ import os
 import re
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
-from tiny import tiny_autoencoder, tiny_bundle, tiny_classifier
+from daemons import load
+from tiny import rewrite_manifest, tiny_autoencoder, tiny_bundle, tiny_classifier
 
 from anomalyd.errors import AnomalydError, BundleError, UsageError
 from anomalyd.serve import server
-from anomalyd.serve.metrics import Metrics
-from anomalyd.serve.models import load_models
 from anomalyd.serve.settings import ServeSettings
 
 START = """
 import sys
 from anomalyd.serve.server import main
 from anomalyd.serve.settings import ServeSettings
-main(ServeSettings(bundles=(sys.argv[1],), port=0, threads=1, **eval(sys.argv[2])))
+main(ServeSettings(**{'bundles': (sys.argv[1],), 'port': 0, 'threads': 1} | eval(sys.argv[2])))
 """
 CALM = {"OMP_NUM_THREADS": "1"}
 
@@ -34,7 +35,7 @@ CALM = {"OMP_NUM_THREADS": "1"}
 class Process:
     """A daemon on a free port of the loopback."""
 
-    def __init__(self, bundle, **changes):
+    def __init__(self, bundle, scheme="http", **changes):
         self.popen = subprocess.Popen(
             [sys.executable, "-c", START, str(bundle), repr(changes)],
             stderr=subprocess.PIPE,
@@ -42,7 +43,7 @@ class Process:
             env=os.environ | CALM,
         )
         self.said = self.popen.stderr.readline()
-        found = re.search(r"http://127\.0\.0\.1:(\d+)", self.said)
+        found = re.search(rf"{scheme}://127\.0\.0\.1:(\d+)", self.said)
         assert found, self.said + self.popen.stderr.read()
         self.port = int(found[1])
 
@@ -87,7 +88,7 @@ def test_a_daemon_serves_and_stops(bundle, fixture_data):
         assert daemon.ask("GET", "/readyz")[0] == 200
         assert daemon.ask("POST", "/v1/score", image)[0] == 200
         assert daemon.ask("POST", "/v1/score", image[:60])[0] == 422
-        assert b"_created" not in daemon.ask("GET", "/metrics")[1]
+        assert b"_created{" not in daemon.ask("GET", "/metrics")[1]
         assert daemon.stop() == (0, "")
 
 
@@ -107,6 +108,207 @@ def test_a_request_under_way_is_finished(bundle, fixture_data):
         with contextlib.closing(slow):
             assert slow.getresponse().status == 200
         assert daemon.popen.wait(20) == 0
+
+
+def test_sighup_reads_bundles_again(tmp_path, fixture_data):
+    """A new version is served without a restart, and the old one until then."""
+    image = (fixture_data / "images" / "boot.png").read_bytes()
+    path = tiny_bundle(tmp_path)
+    with running(tmp_path) as daemon:
+        assert b'"version":"1"' in daemon.ask("POST", "/v1/score", image)[1]
+        rewrite_manifest(path, version="2")
+        daemon.popen.send_signal(signal.SIGHUP)
+        while b'"version":"2"' not in daemon.ask("POST", "/v1/score", image)[1]:
+            time.sleep(0.01)
+        assert daemon.stop() == (0, "")
+
+
+def test_watching_finds_new_bundles(tmp_path):
+    """Without a signal, once they are whole and at rest."""
+    tiny_bundle(tmp_path)
+    with running(tmp_path, watch=0.05) as daemon:
+        tiny_bundle(tmp_path, name="second")
+        while daemon.ask("GET", "/v2/models/second/ready")[0] != 200:
+            time.sleep(0.01)
+        assert daemon.stop()[0] == 0
+
+
+SLOW_LOAD = """
+import sys, time
+from anomalyd.serve import models, server
+from anomalyd.serve.settings import ServeSettings
+models.Models.load = lambda *args: time.sleep(600)
+server.main(ServeSettings(bundles=(sys.argv[1],), port=int(sys.argv[2]), threads=1))
+"""
+
+
+def test_sigterm_while_bundles_load_ends_with_0(bundle):
+    """Live but neither started nor ready; then gone at once, whatever the load is at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    popen = subprocess.Popen(
+        [sys.executable, "-c", SLOW_LOAD, str(bundle), str(port)], env=os.environ | CALM
+    )
+    try:
+        found = {}
+        while found.get("/livez") != 200:
+            for path in ("/livez", "/startupz", "/readyz", "/v2/health/ready"):
+                with contextlib.suppress(ConnectionError):
+                    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+                    connection.request("GET", path)
+                    found[path] = connection.getresponse().status
+                    connection.close()
+            assert popen.poll() is None
+        assert set(found.values()) == {200, 503}
+        assert found["/startupz"] == found["/readyz"] == 503
+        popen.send_signal(signal.SIGTERM)
+        assert popen.wait(20) == 0
+    finally:
+        popen.kill()
+        popen.wait()
+
+
+def test_a_bundle_that_cannot_be_loaded_ends_the_start(tmp_path):
+    """With exit code 1 and one line, although clients were let in already."""
+    path = tiny_bundle(tmp_path)
+    (path / "model.onnx").write_bytes(b"x")
+    done = subprocess.run(
+        [sys.executable, "-m", "anomalyd", "serve", str(path), "--port", "0"],
+        capture_output=True,
+        text=True,
+        env=os.environ | CALM,
+        timeout=60,
+    )
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1
+    assert "model.onnx has 1 bytes" in done.stderr
+
+
+@pytest.mark.skipif(not hasattr(socket, "AF_UNIX"), reason="needs Unix sockets")
+def test_systemd_is_told(tmp_path, monkeypatch):
+    """READY, RELOADING and STOPPING, in that order, over the socket of the service manager."""
+    tiny_bundle(tmp_path)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "notify"))
+        manager.settimeout(20)
+        monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+        with running(tmp_path) as daemon:
+            assert manager.recv(999).startswith(b"READY=1\nSTATUS=serving tiny")
+            daemon.popen.send_signal(signal.SIGHUP)
+            assert manager.recv(999).startswith(b"RELOADING=1\nMONOTONIC_USEC=")
+            assert manager.recv(999).startswith(b"READY=1")
+            assert daemon.stop() == (0, "")
+            assert manager.recv(999) == b"STOPPING=1"
+
+
+HANDED = """
+import os, sys
+os.dup2(int(sys.argv[2]), 3)
+os.environ |= {"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": "1"}
+from anomalyd.serve.server import main
+from anomalyd.serve.settings import ServeSettings
+main(ServeSettings(bundles=(sys.argv[1],), threads=1, drain_delay=0.1))
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs inherited sockets")
+def test_a_rolling_restart_over_one_socket_fails_no_request(bundle, fixture_data):
+    """Whoever holds the listening socket starts the next daemon before it stops the last one."""
+    image = (fixture_data / "images" / "boot.png").read_bytes()
+    statuses, stop = [], threading.Event()
+
+    with server.bind("127.0.0.1", 0) as listener:
+        server.listen(listener)
+        port = listener.getsockname()[1]
+
+        def start():
+            command = [sys.executable, "-c", HANDED, str(bundle), str(listener.fileno())]
+            popen = subprocess.Popen(
+                command,
+                pass_fds=[listener.fileno()],
+                stderr=subprocess.PIPE,
+                text=True,
+                env=os.environ | CALM,
+            )
+            assert popen.stderr.readline().startswith("serving tiny")
+            return popen
+
+        def client():
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+            while not stop.is_set():
+                connection.request("POST", "/v1/score", image)
+                response = connection.getresponse()
+                response.read()
+                statuses.append(response.status)
+                if response.getheader("connection") == "close":
+                    connection.close()
+                time.sleep(0.003)
+            connection.close()
+
+        running_one = start()
+        threads = [threading.Thread(target=client) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        codes = []
+        for _ in range(2):
+            following = start()
+            running_one.send_signal(signal.SIGTERM)
+            codes.append(running_one.wait(30))
+            running_one.stderr.close()
+            running_one = following
+        stop.set()
+        for thread in threads:
+            thread.join(30)
+        running_one.send_signal(signal.SIGTERM)
+        codes.append(running_one.wait(30))
+        running_one.stderr.close()
+    assert codes == [0, 0, 0]
+    assert set(statuses) == {200}
+    assert not any(thread.is_alive() for thread in threads)
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory):
+    """A certificate for localhost and its key."""
+    folder = tmp_path_factory.mktemp("tls")
+    subprocess.run(
+        "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost "
+        f"-addext subjectAltName=DNS:localhost -keyout {folder}/key -out {folder}/cert",
+        shell=True,
+        check=True,
+        capture_output=True,
+    )
+    return folder / "cert", folder / "key"
+
+
+def test_https(bundle, certificate):
+    """With a certificate the daemon speaks TLS, and nothing else."""
+    cert, key = certificate
+    with running(bundle, tls_cert=str(cert), tls_key=str(key), scheme="https") as daemon:
+        context = ssl.create_default_context(cafile=str(cert))
+        connection = http.client.HTTPSConnection("localhost", daemon.port, context=context)
+        connection.request("GET", "/readyz")
+        assert connection.getresponse().status == 200
+        connection.close()
+        with pytest.raises((ConnectionError, http.client.HTTPException)):
+            daemon.ask("GET", "/readyz")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"tls_cert": "cert"}, "give both"),
+        ({"tls_cert": "none", "tls_key": "none"}, "--tls-cert none: no such file"),
+        ({"tokens": "none"}, "--tokens none: cannot be read"),
+        ({"repository_api": True}, "--repository-api: whoever may load models needs a token"),
+    ],
+)
+def test_settings_that_cannot_be_meant_are_one_line(changes, said):
+    """Before anything is bound or loaded."""
+    paths = {name: Path(value) for name, value in changes.items() if value is not True}
+    with pytest.raises(UsageError, match=said):
+        server.check(ServeSettings(**{**changes, **paths}))
 
 
 def answers(daemon):
@@ -163,7 +365,7 @@ def is_cut_off(client, start, more):
 
 def test_many_clients_each_get_their_own_answer(bundle):
     """Under concurrent load over the network no answer is swapped."""
-    from test_app import encoded
+    from daemons import encoded
     from tiny import draw
 
     images = [encoded(image) for image in draw(40, seed=11)]
@@ -201,13 +403,13 @@ def test_a_host_that_does_not_exist_is_one_line():
 def test_no_bundle_is_one_line(tmp_path):
     """A folder without bundles says how to make one."""
     with pytest.raises(BundleError, match="anomalyd train"):
-        load_models(ServeSettings(bundles=(str(tmp_path),)), Metrics())
+        load(ServeSettings(bundles=(str(tmp_path),)))
 
 
 def test_what_has_no_density_is_passed_over_in_a_folder(tmp_path, caplog):
     """One line of the log names what is not served, and why; the densities are."""
     places = [tiny_bundle(tmp_path), tiny_classifier(tmp_path), tiny_autoencoder(tmp_path)]
-    models = load_models(ServeSettings(bundles=(str(tmp_path),), threads=1), Metrics())
+    models, _ = load(ServeSettings(bundles=(str(tmp_path),), threads=1))
     assert models.names == "tiny"
     models.close()
     (record,) = caplog.records
@@ -222,21 +424,21 @@ def test_what_has_no_density_cannot_be_asked_for(tmp_path):
     places = [tiny_bundle(tmp_path), tiny_classifier(tmp_path)]
     for bundles in (places, [tmp_path, places[1]]):
         with pytest.raises(BundleError, match="classifier, which has no density to score by"):
-            load_models(ServeSettings(bundles=tuple(map(str, bundles)), threads=1), Metrics())
+            load(ServeSettings(bundles=tuple(map(str, bundles)), threads=1))
 
 
 def test_a_folder_without_any_density_is_one_line(tmp_path):
     """A daemon that could answer nothing does not start."""
     tiny_classifier(tmp_path)
     with pytest.raises(BundleError, match=r"no density there; .*anomalyd train"):
-        load_models(ServeSettings(bundles=(str(tmp_path),)), Metrics())
+        load(ServeSettings(bundles=(str(tmp_path),)))
 
 
 def test_an_unknown_default_model_is_one_line(bundle):
     """It names those there are."""
     settings = ServeSettings(bundles=(str(bundle),), default_model="huge", threads=1)
     with pytest.raises(UsageError, match="huge: not served; there are tiny"):
-        load_models(settings, Metrics())
+        load(settings)
 
 
 HEAVY = {
@@ -253,12 +455,16 @@ HEAVY = {
 LOAD = """
 import sys
 from anomalyd.serve.app import create_app
+from anomalyd.serve.control import Local
 from anomalyd.serve.metrics import Metrics
-from anomalyd.serve.models import load_models
+from anomalyd.serve.models import Models
 import anomalyd.serve.server
 from anomalyd.serve.settings import ServeSettings
 settings = ServeSettings(bundles=(sys.argv[1],), threads=1)
-create_app(load_models(settings, Metrics()), settings)
+models = Models(metrics=Metrics())
+control = Local(settings, models)
+control.start()
+create_app(models, settings, control)
 """
 
 

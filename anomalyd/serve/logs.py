@@ -1,0 +1,108 @@
+"""The log: lines for people, or JSON for machines, each with the request that it is about."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+from collections.abc import Iterable
+from contextvars import ContextVar
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from itertools import count
+
+__all__ = ["Identity", "configure", "identified"]
+
+# What a client may call its request; anything else would let it write into the log.
+REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=-]{1,128}")
+TRACEPARENT = re.compile(rb"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-[0-9a-f]{2}(-.*)?")
+_prefix = os.urandom(6).hex()
+_serial = count(1)
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Which request something is about.
+
+    Attributes:
+        request_id: the client's `X-Request-ID`, or one made here.
+        trace_id, span_id: of the caller's span, by `traceparent`.
+    """
+
+    request_id: str
+    trace_id: str | None = None
+    span_id: str | None = None
+
+    @classmethod
+    def of(cls, headers: Iterable[tuple[bytes, bytes]]) -> Identity:
+        """The identity that headers (names in lower case) give a request.
+
+        A `traceparent` that is not as W3C Trace Context says is as good as none.
+        """
+        request_id, trace_id, span_id = None, None, None
+        for name, value in headers:
+            if name == b"x-request-id":
+                if REQUEST_ID.fullmatch(value):
+                    request_id = value.decode("ascii")
+            elif name == b"traceparent":
+                trace_id, span_id = _trace(value)
+        if request_id is None:
+            request_id = f"{_prefix}-{next(_serial):x}"
+        return cls(request_id, trace_id, span_id)
+
+    @property
+    def encoded(self) -> bytes:
+        return self.request_id.encode("ascii")
+
+
+identified: ContextVar[Identity | None] = ContextVar("identified", default=None)
+
+
+def configure(*, as_json: bool, requests: bool) -> None:
+    """Send the log to stderr.
+
+    Args:
+        as_json: one JSON object a line.
+        requests: a line for every request, too.
+    """
+    handler = logging.StreamHandler()
+    handler.setFormatter(
+        _Json() if as_json else logging.Formatter("%(levelname)s %(name)s: %(message)s")
+    )
+    logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
+    if requests:
+        logging.getLogger("anomalyd.access").setLevel(logging.INFO)
+    if as_json:
+        logging.getLogger("anomalyd.serve").setLevel(logging.INFO)
+
+
+class _Json(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        line = {
+            "ts": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "event": record.getMessage(),
+        }
+        identity = identified.get()
+        if identity is not None:
+            line["request_id"] = identity.request_id
+            if identity.trace_id is not None and identity.span_id is not None:
+                line |= {"trace_id": identity.trace_id, "span_id": identity.span_id}
+        line |= getattr(record, "fields", {})
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line, ensure_ascii=True, default=str)
+
+
+def _trace(value: bytes) -> tuple[str | None, str | None]:
+    found = TRACEPARENT.fullmatch(value)
+    if found is None:
+        return None, None
+    version, trace_id, span_id, more = found.groups()
+    # Version ff is forbidden, version 00 has no further fields, all zeros mean none.
+    bad = version == b"ff" or (version == b"00" and more) or not (trace_id.strip(b"0"))
+    if bad or not span_id.strip(b"0"):
+        return None, None
+    return trace_id.decode(), span_id.decode()

@@ -1,0 +1,189 @@
+"""The one way from an image in a request to its verdict: `/v1`, `/v2` and gRPC all go it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+
+from anomalyd.detect.heatmap import heatmap_png
+from anomalyd.detect.runtime import available_cpus
+from anomalyd.errors import ImageError, TooManyPixels
+from anomalyd.images import ImageSpec, Limits, to_pixels
+from anomalyd.serve.models import Job, Model, Scored
+from anomalyd.serve.problems import ClientGone, Problem
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from anomalyd.serve.events import Events
+    from anomalyd.serve.metrics import Metrics
+    from anomalyd.serve.settings import ServeSettings
+
+    Pixels = NDArray[np.uint8]
+    Image = bytes | memoryview | Pixels
+
+__all__ = ["Asked", "Scorer"]
+
+T = TypeVar("T")
+
+# A small image decodes in less time than it takes to reach another thread.
+INLINE_BYTES = 16 << 10
+INLINE_PIXELS = 128 * 128
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a request asks of every image.
+
+    Attributes:
+        alpha: rate of false alarms to decide at, from `Detector.alpha`.
+        heatmap: the per-pixel map, too.
+        explain: each statistic with its unadjusted p-value, too.
+        timeout: longest wait in the queue, seconds; None takes the daemon's.
+    """
+
+    alpha: float
+    heatmap: bool = False
+    explain: bool = False
+    timeout: float | None = None
+
+
+class Scorer:
+    """Decodes in a bounded pool, queues, and counts what comes out."""
+
+    def __init__(
+        self, settings: ServeSettings, metrics: Metrics, events: Events | None = None
+    ) -> None:
+        self._metrics = metrics
+        self._events = events
+        self._most_bytes = settings.queue_bytes
+        self._limits = Limits(settings.max_body_bytes, settings.max_pixels)
+        self._inline = Limits(INLINE_BYTES, min(INLINE_PIXELS, settings.max_pixels))
+        self._pool = ThreadPoolExecutor(available_cpus(), thread_name_prefix="decode")
+
+    async def decode(
+        self, model: Model, images: Sequence[Image], timeout: float | None = None
+    ) -> list[Pixels | ImageError]:
+        """Pixels of each image as the model takes them, or why there are none.
+
+        Raises:
+            QueueFull: the model could not be asked in time, so nothing was decoded.
+            Problem: 413 the pixels of this request alone are more than may wait.
+        """
+        model.batcher.admit(len(images), timeout)
+        decoded: list[Pixels | ImageError] = []
+        size = 0
+        # What is decoded at one time, and not all of a large request.
+        step = 2 * available_cpus()
+        for start in range(0, len(images), step):
+            some = [self._decode(model, image) for image in images[start : start + step]]
+            for pixels in await _each(some):
+                decoded.append(pixels)
+                size += 0 if isinstance(pixels, ImageError) else pixels.nbytes
+            if size > self._most_bytes:
+                detail = (
+                    f"the images of one request have {size} bytes of pixels or more; at most "
+                    f"{self._most_bytes} may wait for a model: send fewer at one time"
+                )
+                raise Problem(413, "too_many_pixels", detail)
+        return decoded
+
+    async def judge(
+        self,
+        model: Model,
+        pixels: Sequence[Pixels],
+        asked: Asked,
+        gone: Callable[[], Awaitable[Any]] | None = None,
+    ) -> list[Scored]:
+        """The verdict on each image, in order.
+
+        Args:
+            model: who judges.
+            pixels: from `decode`.
+            asked: how.
+            gone: called where the answer takes a while; returns when the client has left.
+
+        Raises:
+            QueueFull, Expired, BatchFailed: as the batcher says.
+            ClientGone: there is nobody to answer any more; what waited is dropped.
+        """
+        if not pixels:
+            return []
+        batcher = model.batcher
+        jobs = [Job(image, asked.alpha, asked.heatmap) for image in pixels]
+        # Only a client that has to wait is worth watching: most are answered at once.
+        watched = batcher.backlogged
+        futures = batcher.submit_all(jobs, asked.timeout)
+        try:
+            if watched and gone is not None:
+                await _answered_or_gone(futures, gone)
+            scored = await _each(futures)
+        except BaseException:
+            for future in futures:
+                batcher.drop(future)
+            raise
+        for image, (verdict, _, _) in zip(pixels, scored, strict=True):
+            model.metrics.judged(verdict)
+            if verdict.outlier and self._events is not None:
+                self._events.outlier(model.key, verdict, image)
+        return scored
+
+    async def picture(self, pixels: Pixels, scored: Scored) -> bytes | None:
+        """The image beside its map as a PNG; None where there is no map."""
+        if scored.raw.nll_map is None:
+            return None
+        return await self.offload(heatmap_png, pixels, scored.raw.nll_map[scored.row])
+
+    async def offload(self, function: Callable[..., T], *args: Any) -> T:
+        """What the function gives, called in the bounded pool."""
+        return await asyncio.get_running_loop().run_in_executor(self._pool, function, *args)
+
+    async def _decode(self, model: Model, image: Image) -> Pixels | ImageError:
+        started = time.perf_counter()
+        try:
+            return await self._pixels(image, model.detector.spec)
+        except ImageError as error:
+            self._metrics.decode_errors.labels(error.reason).inc()
+            return error
+        finally:
+            model.metrics.decode_seconds.observe(time.perf_counter() - started)
+
+    async def _pixels(self, image: Image, spec: ImageSpec) -> Pixels:
+        if isinstance(image, np.ndarray) or len(image) <= INLINE_BYTES:
+            try:
+                return to_pixels(image, spec, self._inline)
+            except TooManyPixels:
+                pass  # said by the header alone; nothing was decoded yet
+        return await self.offload(to_pixels, image, spec, self._limits)
+
+
+async def _each(awaitables: Sequence[Awaitable[T]]) -> list[T]:
+    """What all of them give, in order; a lone one costs no task."""
+    if len(awaitables) == 1:
+        return [await awaitables[0]]
+    return await asyncio.gather(*awaitables)
+
+
+async def _answered_or_gone(
+    futures: Sequence[asyncio.Future[Scored]], gone: Callable[[], Awaitable[Any]]
+) -> None:
+    """Wait until all futures are done.
+
+    Raises:
+        ClientGone: the client went first.
+    """
+    left = asyncio.ensure_future(gone())
+    answered = asyncio.ensure_future(asyncio.wait(futures))
+    try:
+        await asyncio.wait({left, answered}, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        left.cancel()
+        answered.cancel()
+    if not all(future.done() for future in futures):
+        raise ClientGone
