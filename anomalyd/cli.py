@@ -357,7 +357,7 @@ def score(
     if engine == "ray":
         if heatmaps is not None:
             raise UsageError("--heatmaps: maps are drawn by the local engine; leave it out")
-        if output is None:
+        if not output:
             raise UsageError("--engine ray writes a folder of parts; name it with --output")
         return _score_on_ray(bundle, paths, output, alpha, fdr, explain, device, ray_address)
     if ray_address is not None:

@@ -61,7 +61,10 @@ def cluster(address: str | None = None) -> Iterator[ModuleType]:
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     try:
         with _silence():
-            ray.init(address, log_to_driver=False, logging_level=logging.CRITICAL, **ours)
+            # "local" is a new one: without an address Ray would join any that runs here.
+            ray.init(
+                address or "local", log_to_driver=False, logging_level=logging.CRITICAL, **ours
+            )
     except Exception as error:  # noqa: BLE001 - Ray raises bare Exceptions, too
         where = f"at {address}" if address else "here"
         hint = "check --ray-address" if address else "free a core, or give --ray-address"
