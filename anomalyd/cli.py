@@ -118,11 +118,43 @@ def anomalyd() -> None:
     help="With tile: scale photographs down by this whole factor first  [default: 1]",
 )
 @click.option("--licence", metavar="TEXT", help="Licence of the weights, for the bundle's card.")
-def train(channels: str | None, **options: Any) -> int:
+@click.option(
+    "--per-folder",
+    is_flag=True,
+    help="One density for each sub-folder of DATA, on Ray; --out is a folder of bundles.",
+)
+@click.option("--ray-address", metavar="ADDRESS", help="As for score; with --per-folder.")
+def train(channels: str | None, per_folder: bool, ray_address: str | None, **options: Any) -> int:
     """Train a density on the normal images in DATA and write a calibrated bundle."""
+    options["channels"] = int(channels) if channels else None
+    if per_folder:
+        return _train_per_folder(ray_address, **options)
+    if ray_address is not None:
+        raise UsageError("--ray-address is for --per-folder; add that")
     commands = _training()
-    code = commands.train(channels=int(channels) if channels else None, **options)
-    return int(code or 0)
+    return int(commands.train(**options) or 0)
+
+
+def _train_per_folder(address: str | None, data: str, out: Path, **options: Any) -> int:
+    _training()
+    from anomalyd.scale.cluster import cluster
+    from anomalyd.scale.fleet import members, train_folders
+
+    names = members(Path(data), out)
+    failed = []
+    if names:
+        with cluster(address) as ray, _progress("training", len(names)) as advance:
+            for done in train_folders(ray, Path(data), out, names, options):
+                advance(1)
+                _say(f"{done.name}: {done.error or 'trained'}")
+                failed += [done.name] if done.error else []
+    if failed and len(failed) == len(names):
+        raise AnomalydError(f"none of {len(names)} models could be trained")
+    _say(f"{out}: {len(names) - len(failed)} models trained" + (
+        f", {len(failed)} failed: {_some(failed)}; the same command again tries those alone"
+        if failed else ""
+    ))  # fmt: skip
+    return UNREADABLE if failed else 0
 
 
 @anomalyd.command()

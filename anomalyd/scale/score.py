@@ -15,8 +15,10 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -51,6 +53,7 @@ class Tally:
     Attributes:
         images, outliers, unreadable, unfamiliar: as in `Summary`.
         ranks: rank -> how many p-values have it; kept with --fdr alone.
+        began, ended: seconds since the epoch, of the first part scored and of the last.
     """
 
     images: int = 0
@@ -58,6 +61,13 @@ class Tally:
     unreadable: int = 0
     unfamiliar: int = 0
     ranks: dict[int, int] = field(default_factory=dict)
+    began: float = math.inf
+    ended: float = -math.inf
+
+    @property
+    def seconds(self) -> float:
+        """From the first image to the last, the start of Ray and its actors left out."""
+        return max(0.0, self.ended - self.began)
 
     def add(self, other: Tally) -> None:
         """Add the counts of another part."""
@@ -65,6 +75,8 @@ class Tally:
         self.outliers += other.outliers
         self.unreadable += other.unreadable
         self.unfamiliar += other.unfamiliar
+        self.began = min(self.began, other.began)
+        self.ended = max(self.ended, other.ended)
         for rank, count in other.ranks.items():
             self.ranks[rank] = self.ranks.get(rank, 0) + count
 
@@ -127,6 +139,7 @@ def score(
         "images": total.images,
         "outliers": total.outliers,
         "unreadable": total.unreadable,
+        "seconds": round(total.seconds, 3),
     }
     store.write(MANIFEST, json.dumps(rows, indent=2).encode() + b"\n")
     if scored:
@@ -222,7 +235,7 @@ class _Scorer(_Actor):
         name = self._work.folder + part_name(order.part.number)
         if order.there and (known := _counts(self._work, name, self._table)) is not None:
             return known
-        scoring, summary, tally = self._work.scoring, Summary(), Tally()
+        scoring, summary, tally = self._work.scoring, Summary(), Tally(began=time.time())
         buffer = io.BytesIO()
         writer = make_writer("parquet", buffer, scoring.columns)
         for rows in score_rows(
@@ -237,6 +250,7 @@ class _Scorer(_Actor):
             self._count(tally, rows)
         writer.close()
         self._work.store.write(name, buffer.getvalue())
+        tally.ended = time.time()
         tally.images, tally.outliers = summary.images, summary.outliers
         tally.unreadable, tally.unfamiliar = summary.unreadable, summary.unfamiliar
         return tally

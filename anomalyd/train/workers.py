@@ -62,7 +62,13 @@ class Workers:
 
     @property
     def threads(self) -> int:
-        """CPU threads of this worker: its share of what the machine leaves to all."""
+        """CPU threads of this worker: its share of what the machine leaves to all.
+
+        OMP_NUM_THREADS says how many, unless torchrun is who has set it.
+        """
+        asked = os.environ.get("OMP_NUM_THREADS", "")
+        if asked.isdigit() and not self.launched:
+            return max(1, int(asked))
         return max(1, available_cpus() // self.local_size)
 
     def device(self, device: torch.device) -> torch.device:

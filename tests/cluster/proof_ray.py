@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT, VAE, parts_of, rows_of, run, start, wait_for_parts
+from ray_nodes import ROOT, VAE, parts_of, rows_of, run, start, wait_for_parts
 
 FIXTURES = ROOT / "tests" / "fixtures"
 TOLERANCE = json.loads((VAE / "manifest.json").read_text())["tolerance"]["CPUExecutionProvider"]

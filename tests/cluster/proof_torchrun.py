@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from ray_nodes import ROOT
 
 from anomalyd.detect.bundle import read_bundle
 
