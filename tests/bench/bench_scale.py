@@ -1,4 +1,4 @@
-"""What deploy/SCALE.md says in numbers: python tests/bench/bench_scale.py [--only NAME] [--images N].
+"""The numbers of deploy/SCALE.md: python tests/bench/bench_scale.py [--only NAME] [--images N].
 
 Ratios compare two ways of the same work in one run; rates are of the machine it runs on, and of
 what else that does meanwhile. `memory` and `deaths` score 1,020,000 and 120,000 images.

@@ -13,7 +13,8 @@ import urllib.request
 from collections.abc import Iterator
 
 import pytest
-from ray_nodes import ROOT, Nodes, free_port
+from pyarrow.fs import S3FileSystem
+from ray_nodes import KEYS, ROOT, Nodes, free_port
 
 
 @pytest.fixture(scope="session")
@@ -53,3 +54,16 @@ def s3(endpoint) -> Iterator[str]:
     finally:
         server.send_signal(signal.SIGTERM)
         server.wait(30)
+
+
+@pytest.fixture(scope="session")
+def store(s3) -> S3FileSystem:
+    """The S3 server as pyarrow's file system, allowed to make buckets."""
+    return S3FileSystem(
+        endpoint_override=s3.removeprefix("http://"),
+        scheme="http",
+        access_key=KEYS["AWS_ACCESS_KEY_ID"],
+        secret_key=KEYS["AWS_SECRET_ACCESS_KEY"],
+        region=KEYS["AWS_DEFAULT_REGION"],
+        allow_bucket_creation=True,
+    )

@@ -2,38 +2,27 @@
 
 from __future__ import annotations
 
-import io
 import urllib.request
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
 from pyarrow.fs import S3FileSystem
-from ray_nodes import KEYS, ROOT, VAE, rows_of, run
+from ray_nodes import KEYS, ROOT, VAE, png, rows_of, run
 
 from anomalyd.sources import open_source
 
 
 @pytest.fixture(scope="module")
-def bucket(s3) -> S3FileSystem:
+def bucket(store) -> S3FileSystem:
     """A bucket with 60 PNG in two folders, a file that is none, and a Parquet file of 60 more."""
-    files = S3FileSystem(
-        endpoint_override=s3.removeprefix("http://"),
-        scheme="http",
-        access_key=KEYS["AWS_ACCESS_KEY_ID"],
-        secret_key=KEYS["AWS_SECRET_ACCESS_KEY"],
-        region=KEYS["AWS_DEFAULT_REGION"],
-        allow_bucket_creation=True,
-    )
+    files = store
     files.create_dir("photographs")
     items = list(open_source(ROOT / "tests/fixtures/fashion-mnist", split="test"))[:60]
     images = []
     for number, item in enumerate(items):
-        png = io.BytesIO()
-        Image.fromarray(item.payload).save(png, "PNG")
-        images.append(png.getvalue())
+        images.append(png(item.payload))
         folder = "day" if number % 2 else "night"
         with files.open_output_stream(f"photographs/{folder}/{number:03d}.png") as stream:
             stream.write(images[-1])
@@ -110,7 +99,8 @@ def test_a_bucket_without_rights_is_one_line(bucket, s3, tmp_path):
     """Once the server checks keys, ours are refused; the line says what to check."""
 
     def check_keys(after: str) -> None:
-        asked = urllib.request.Request(f"{s3}/moto-api/reset-auth", after.encode(), method="POST")
+        asked = urllib.request.Request(f"{s3}/moto-api/reset-auth", after.encode())
+        asked.add_header("Content-Type", "text/plain")
         urllib.request.urlopen(asked, timeout=30).close()
 
     check_keys("0")

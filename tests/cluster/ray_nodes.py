@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import socket
 import subprocess
@@ -10,6 +11,7 @@ import time
 from pathlib import Path
 
 import pyarrow.parquet as pq
+from PIL import Image
 
 ROOT = Path(__file__).parents[2]
 VAE = ROOT / "trained" / "fashion-mnist-vae"
@@ -111,3 +113,10 @@ def wait_for_parts(folder: Path, count: int, process: subprocess.Popen[str]) -> 
     while len(parts_of(folder)) < count:
         assert process.poll() is None, process.communicate()
         time.sleep(0.02)
+
+
+def png(pixels) -> bytes:
+    """An image as a PNG file."""
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
