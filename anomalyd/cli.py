@@ -148,12 +148,50 @@ def anomalyd() -> None:
 )
 @prior
 @click.option("--licence", metavar="TEXT", help="Licence of the weights, for the bundle's card.")
-def train(channels: str | None, priors: tuple[str, ...], **options: Any) -> int:
+@click.option(
+    "--per-folder",
+    is_flag=True,
+    help="One density for each sub-folder of DATA, on Ray; --out is a folder of bundles.",
+)
+@click.option("--ray-address", metavar="ADDRESS", help="As for score; with --per-folder.")
+def train(
+    channels: str | None,
+    priors: tuple[str, ...],
+    per_folder: bool,
+    ray_address: str | None,
+    **options: Any,
+) -> int:
     """Train a density on the normal images in DATA and write a calibrated bundle."""
+    options["channels"] = int(channels) if channels else None
+    options["priors"] = _priors(priors)
+    if per_folder:
+        return _train_per_folder(ray_address, **options)
+    if ray_address is not None:
+        raise UsageError("--ray-address is for --per-folder; add that")
     commands = _training()
-    size = int(channels) if channels else None
-    code = commands.train(channels=size, priors=_priors(priors), **options)
-    return int(code or 0)
+    return int(commands.train(**options) or 0)
+
+
+def _train_per_folder(address: str | None, data: str, out: Path, **options: Any) -> int:
+    _training()
+    from anomalyd.scale.cluster import cluster
+    from anomalyd.scale.fleet import members, train_folders
+
+    names = members(Path(data), out)
+    failed = []
+    if names:
+        with cluster(address) as ray, _progress("training", len(names)) as advance:
+            for done in train_folders(ray, Path(data), out, names, options):
+                advance(1)
+                _say(f"{done.name}: {done.error or 'trained'}")
+                failed += [done.name] if done.error else []
+    if failed and len(failed) == len(names):
+        raise AnomalydError(f"none of {len(names)} models could be trained")
+    _say(f"{out}: {len(names) - len(failed)} models trained" + (
+        f", {len(failed)} failed: {_some(failed)}; the same command again tries those alone"
+        if failed else ""
+    ))  # fmt: skip
+    return UNREADABLE if failed else 0
 
 
 @anomalyd.command()
@@ -377,9 +415,9 @@ def evaluate(
 )
 @click.option(
     "--output",
-    type=PATH,
-    metavar="FILE",
-    help="Write .parquet, .jsonl or .csv, and print nothing.",
+    metavar="FILE|FOLDER",
+    help="Write .parquet, .jsonl or .csv, or with --engine ray a folder of Parquet parts; "
+    "print nothing.",
 )
 @click.option(
     "--heatmaps",
@@ -394,13 +432,25 @@ def evaluate(
 @labelling
 @device
 @click.option("--resume", is_flag=True, help="Go on where an interrupted --output stopped.")
+@click.option(
+    "--engine",
+    type=click.Choice(("local", "ray")),
+    default="local",
+    show_default=True,
+    help="Score in this process, or with the actors of a Ray cluster.",
+)
+@click.option(
+    "--ray-address",
+    metavar="ADDRESS",
+    help="HOST:PORT of the cluster, or auto  [default: RAY_ADDRESS, else this machine]",
+)
 def score(
     bundle: Path,
     paths: tuple[str, ...],
     alpha: float | None,
     fdr: float | None,
     kind: str,
-    output: Path | None,
+    output: str | None,
     heatmaps: Path | None,
     flips: bool,
     explain: bool,
@@ -409,17 +459,33 @@ def score(
     priors: tuple[str, ...],
     device: str,
     resume: bool,
+    engine: str,
+    ray_address: str | None,
 ) -> int:
     """Judge every image in PATH... and print one verdict an image, in order."""
     from anomalyd.detect.detector import Detector
     from anomalyd.detect.output import file_format
-    from anomalyd.detect.score import Scoring, check_fdr, score_to_file, score_to_stream
-    from anomalyd.sources import open_paths
+    from anomalyd.detect.score import Scoring, score_to_file, score_to_stream
+    from anomalyd.sources import listed, open_paths
+    from anomalyd.stores import is_uri
 
+    if engine == "ray":
+        if heatmaps is not None:
+            raise UsageError("--heatmaps: maps are drawn by the local engine; leave it out")
+        if not output:
+            raise UsageError("--engine ray writes a folder of parts; name it with --output")
+        wishes = (label_alpha, reject_cost, _priors(priors))
+        return _score_on_ray(
+            bundle, paths, output, alpha, fdr, explain, wishes, device, ray_address
+        )
+    if ray_address is not None:
+        raise UsageError("--ray-address is for --engine ray; add that")
     if resume and output is None:
         raise UsageError("--resume goes on with a file; name it with --output")
     if output is not None:
-        file_format(output)
+        if is_uri(output):
+            raise UsageError(f"--output {output}: a store is written by --engine ray; add that")
+        file_format(Path(output))
     detector = Detector.load(bundle, device=device)
     asked = detector.labelling(label_alpha, reject_cost, _priors(priors))
     scoring = Scoring(
@@ -430,15 +496,8 @@ def score(
         heatmaps=heatmaps,
         flips=flips,
     )
-    source = open_paths(paths)
-    if fdr is not None:
-        n, m = detector.calibrated_on, len(source)
-        fewest = check_fdr(detector, fdr, m)
-        _say(f"--fdr {fdr:g}: on average over batches at most {fdr:g} of the flags are false")
-        _say(
-            f"with {n:,} calibration and {m:,} batch images no fewer than {fewest:,} flags are "
-            "possible, or none"
-        )
+    source = open_paths(listed(paths))
+    _say_fdr(detector, fdr, len(source))
     with _progress("scoring", len(source)) as advance:
         if output is None:
             summary = score_to_stream(
@@ -446,13 +505,74 @@ def score(
             )
         else:
             summary = score_to_file(
-                detector, source, scoring, output, resume=resume, progress=advance
+                detector, source, scoring, Path(output), resume=resume, progress=advance
             )
+    return _say_summary(detector, summary, scoring.alpha, fdr)
+
+
+def _score_on_ray(
+    bundle: Path,
+    paths: tuple[str, ...],
+    output: str,
+    alpha: float | None,
+    fdr: float | None,
+    explain: bool,
+    wishes: tuple[float | None, float | None, dict[str, float]],
+    device: str,
+    address: str | None,
+) -> int:
+    """The same verdicts by the actors of a cluster; the same command again goes on."""
+    import hashlib
+
+    from anomalyd.detect.detector import Detector
+    from anomalyd.detect.manifest import dump_manifest
+    from anomalyd.detect.score import Scoring
+    from anomalyd.scale.cluster import cluster
+    from anomalyd.scale.plan import Question, make_plan, read_plan
+    from anomalyd.scale.score import finished
+    from anomalyd.scale.score import score as run
+    from anomalyd.sources import listed, open_paths
+    from anomalyd.stores import open_store
+
+    detector = Detector.load(bundle, device="cpu")
+    asked = detector.labelling(*wishes) if detector.labels or any(wishes) else None
+    if asked is not None and fdr is not None:
+        raise UsageError("--fdr: labels at a false discovery rate are given by the local engine")
+    scoring = Scoring(detector.alpha(alpha), asked, fdr=fdr, explain=explain)
+    digest = hashlib.sha256(dump_manifest(detector.manifest)).hexdigest()
+    named = listed(paths)
+    question = Question(digest, named, os.getcwd(), scoring.alpha, fdr, explain, asked)
+    store = open_store(output)
+    parts = read_plan(store, question)
+    done = None if parts is None else finished(store)
+    if parts is None:
+        parts = make_plan(store, question, open_paths(named))
+    images = sum(part.count for part in parts)
+    _say_fdr(detector, fdr, images)
+    if done is None:
+        with cluster(address) as ray, _progress("scoring", images) as advance:
+            done = run(ray, detector, question, parts, store, device=device, progress=advance)
+    return _say_summary(detector, done, scoring.alpha, fdr)
+
+
+def _say_fdr(detector: Any, fdr: float | None, images: int) -> None:
+    from anomalyd.detect.score import check_fdr
+
+    if fdr is not None:
+        fewest = check_fdr(detector, fdr, images)
+        _say(f"--fdr {fdr:g}: on average over batches at most {fdr:g} of the flags are false")
+        _say(
+            f"with {detector.calibrated_on:,} calibration and {images:,} batch images "
+            f"no fewer than {fewest:,} flags are possible, or none"
+        )
+
+
+def _say_summary(detector: Any, summary: Any, alpha: float, fdr: float | None) -> int:
     if summary.unreadable == summary.images:
         raise AnomalydError(f"none of {summary.images} inputs could be read")
     if warning := detector.size_warning(summary.unfamiliar):
         _say(warning)
-    rule = f"alpha {scoring.alpha:g}" if fdr is None else f"a false discovery rate of {fdr:g}"
+    rule = f"alpha {alpha:g}" if fdr is None else f"a false discovery rate of {fdr:g}"
     unreadable = f", {summary.unreadable} could not be read" if summary.unreadable else ""
     _say(f"{summary.images} images, {summary.outliers} outliers at {rule}{unreadable}")
     return UNREADABLE if summary.unreadable else 0

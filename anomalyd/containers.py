@@ -1,7 +1,9 @@
 """Files that hold many images: IDX, .npy, .npz and Parquet, read image by image.
 
 Opening one reads its header alone; iterating it reads forward, holding one image (of Parquet, a
-few rows). A damaged file gives the images before the damage, then a SourceError that names it.
+few rows). A damaged file gives the images before the damage, then a SourceError that names it; of
+a Parquet file with a damaged row group that group's rows are items with the error, the others are
+read. A Parquet file may lie in a store, under its URI.
 """
 
 from __future__ import annotations
@@ -15,9 +17,9 @@ import re
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from itertools import repeat
+from itertools import islice, repeat
 from pathlib import Path
 from typing import IO, Any, Protocol, cast
 
@@ -25,6 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anomalyd.errors import CorruptImage, ImageError, MissingExtra, SourceError
+from anomalyd.stores import is_uri, open_store
 
 __all__ = ["Item", "Source", "Want", "open_idx", "open_npy", "open_npz", "open_parquet"]
 
@@ -59,6 +62,9 @@ class Source(Protocol):
 
     def __iter__(self) -> Iterator[Item]: ...
 
+    def after(self, start: int) -> Iterator[Item]:
+        """Items from place `start` on; none where the file breaks off before that."""
+
     def __len__(self) -> int:
         """The number of items that names and headers promise; no image is read for it."""
 
@@ -85,12 +91,18 @@ class _Array:
         return self.shape[0]
 
     def __iter__(self) -> Iterator[Item]:
+        return self.after(0)
+
+    def after(self, start: int) -> Iterator[Item]:
         count, *shape = self.shape
         size = math.prod(shape)
         labels = repeat(None, count) if self.labels is None else self.labels()
         groups = repeat(None, count) if self.groups is None else self.groups()
+        texts = islice(enumerate(zip(labels, groups, strict=True)), start, None)
         with _reading(self.name), self.body() as file:
-            for index, (label, group) in enumerate(zip(labels, groups, strict=True)):
+            if start and not _skip(file, start * size):
+                return
+            for index, (label, group) in texts:
                 data = file.read(size)
                 if len(data) != size:
                     raise SourceError(
@@ -112,6 +124,17 @@ def _reading(name: str) -> Iterator[None]:
     except (OSError, EOFError, RuntimeError, ValueError, zlib.error, zipfile.BadZipFile) as error:
         what = " ".join(str(error).split())
         raise SourceError(f"{name}: the file is truncated or damaged: {what}") from error
+
+
+def _skip(file: IO[bytes], size: int) -> bool:
+    """Move on by so many bytes; tell whether the file has them, undamaged."""
+    try:
+        begin = file.tell()
+        end = begin + size
+        # At a place one short: only a byte that can be read proves that a plain file reaches it.
+        return file.seek(end - 1) == end - 1 and len(file.read(1)) == 1
+    except (OSError, EOFError, zlib.error, zipfile.BadZipFile):
+        return False
 
 
 def _image_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -317,19 +340,49 @@ class _Parquet:
         return self.count
 
     def __iter__(self) -> Iterator[Item]:
+        return self.after(0)
+
+    def after(self, start: int) -> Iterator[Item]:
         arrow = _arrow()
-        columns = [name for name in (self.image, self.label, self.group) if name is not None]
-        index = 0
         with _parquet(arrow, self.name) as file:
             names = _class_names(file.schema_arrow, self.label)
-            for batch in file.iter_batches(_ROWS, columns=list(dict.fromkeys(columns))):
+            first = 0
+            for number in range(file.metadata.num_row_groups):
+                end = first + file.metadata.row_group(number).num_rows
+                if end > start:
+                    yield from self._row_group(arrow, file, names, number, first, end, start)
+                first = end
+
+    def _row_group(
+        self,
+        arrow: Any,
+        file: Any,
+        names: list[str] | None,
+        number: int,
+        index: int,
+        end: int,
+        start: int,
+    ) -> Iterator[Item]:
+        """The rows of one group from `start` on; where it is damaged each says so."""
+        columns = [name for name in (self.image, self.label, self.group) if name is not None]
+        batches = file.iter_batches(_ROWS, [number], columns=list(dict.fromkeys(columns)))
+        while index < end:
+            try:
+                batch = next(batches)
                 images = _encoded(arrow, batch.column(self.image))
                 labels = _texts(batch, self.label, names)
                 groups = _texts(batch, self.group, None)
-                for image, label, group in zip(images, labels, groups, strict=True):
-                    error = None if image is not None else CorruptImage(_NO_BYTES)
-                    yield Item(self.name, index, image or b"", label, group, error)
-                    index += 1
+            except (arrow.ArrowException, OSError, StopIteration, ValueError) as damage:
+                why = " ".join(str(damage).split()) or "it ends early"
+                error = CorruptImage(f"row group {number} of the file is damaged: {why}")
+                for row in range(max(index, start), end):
+                    yield Item(self.name, row, b"", error=error)
+                return
+            for image, label, group in zip(images, labels, groups, strict=True):
+                if index >= start:
+                    why_not = None if image is not None else CorruptImage(_NO_BYTES)
+                    yield Item(self.name, index, image or b"", label, group, why_not)
+                index += 1
 
 
 _ROWS = 64  # rows held at a time: of encoded photographs some tens of megabytes
@@ -347,10 +400,16 @@ def _arrow() -> Any:
 
 @contextmanager
 def _parquet(arrow: Any, path: str) -> Iterator[Any]:
-    with _reading(path):
+    with _reading(path), ExitStack() as stack:
         try:
-            # A buffered stream without look-ahead: by default whole column chunks are held.
-            with arrow.parquet.ParquetFile(path, buffer_size=1 << 16, pre_buffer=False) as file:
+            # A buffered stream without look-ahead: by default whole column chunks are held. From
+            # a store they are, since there every read is a request.
+            if is_uri(path):
+                stored = stack.enter_context(open_store(path).open())
+                options = {"source": stored, "pre_buffer": True}
+            else:
+                options = {"source": path, "buffer_size": 1 << 16, "pre_buffer": False}
+            with arrow.parquet.ParquetFile(**options) as file:
                 yield file
         except arrow.ArrowException as error:
             raise ValueError(str(error)) from error

@@ -7,6 +7,8 @@
     Parquet                      an image column: bytes, or a struct with a field `bytes`
     a folder of those            train.parquet and test.parquet are its splits, say
     train/ and test/ folders     among them roots with train/good, test/KIND, ground_truth/KIND
+    s3://, gs:// and the like    an image, a Parquet file or a folder of these
+    @LIST                        a text file with one PATH a line, for scoring
 
 `DATA:train` and `DATA:test` choose a split. A source never holds its images: it reads them one
 after the other, in an order that depends on names alone, again for each iteration. A folder is
@@ -20,8 +22,9 @@ import csv
 import os
 import re
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 from anomalyd.containers import (
@@ -33,15 +36,21 @@ from anomalyd.containers import (
     open_npz,
     open_parquet,
 )
-from anomalyd.errors import CorruptImage, SourceError, UsageError
+from anomalyd.errors import CorruptImage, ImageError, SourceError, UsageError
+from anomalyd.images import Limits
+from anomalyd.stores import Store, fetched, is_uri, open_store
 
 __all__ = [
     "Evaluation",
     "Item",
+    "Piece",
     "Source",
+    "cut",
     "has_kinds",
+    "listed",
     "open_evaluation",
     "open_paths",
+    "open_pieces",
     "open_source",
 ]
 
@@ -80,10 +89,12 @@ def open_source(
 
     Raises:
         SourceError: there is no such thing, nothing in it can be read, or the split is unclear.
-        MissingExtra: Parquet without pyarrow.
+        MissingExtra: Parquet or a store without pyarrow.
     """
-    path, asked = _parse(data)
     want = Want(labels, group)
+    if is_uri(str(data)):
+        return _open_stored(str(data), want)
+    path, asked = _parse(data)
     if not os.path.isdir(path):
         if asked is not None:
             raise SourceError(f"{path}: a file has no splits; give it without :{asked}")
@@ -127,6 +138,29 @@ def open_paths(
         first = errors[0] if errors else "no path was given"
         raise SourceError(f"none of {len(paths)} paths can be read; the first: {first}")
     return _Chain(", ".join(map(str, paths)), tuple(sources), lenient=True)
+
+
+def listed(paths: Sequence[str | Path]) -> list[str]:
+    """The PATHs, each @LIST among them replaced by the lines of that file.
+
+    Raises:
+        SourceError: a list that cannot be read or that is empty.
+    """
+    found: list[str] = []
+    for path in map(str, paths):
+        if not path.startswith("@") or os.path.exists(path):
+            found.append(path)
+            continue
+        try:
+            lines = Path(path[1:]).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise SourceError(f"{path}: the list cannot be read: {reason}") from error
+        named = [line.strip() for line in lines if line.strip()]
+        if not named:
+            raise SourceError(f"{path}: the list is empty; give it one path a line")
+        found += named
+    return found
 
 
 def open_evaluation(data: str | Path, *, labels: bool = False) -> Evaluation:
@@ -325,8 +359,11 @@ class _Files:
         return self.count
 
     def __iter__(self) -> Iterator[Item]:
+        return self.after(0)
+
+    def after(self, start: int) -> Iterator[Item]:
         group = _grouping(self.want.group, self.root)
-        for name in _unpack(self.packed):
+        for name in islice(_unpack(self.packed), start, None):
             path = os.path.join(self.name, name)
             yield Item(_shown(path), None, Path(path), self.label, group(path))
 
@@ -429,7 +466,11 @@ class _Unreadable:
         return 1
 
     def __iter__(self) -> Iterator[Item]:
-        yield Item(_shown(self.name), None, b"", error=CorruptImage(self.why))
+        return self.after(0)
+
+    def after(self, start: int) -> Iterator[Item]:
+        if start == 0:
+            yield Item(_shown(self.name), None, b"", error=CorruptImage(self.why))
 
 
 @dataclass(frozen=True)
@@ -444,14 +485,196 @@ class _Chain:
         return sum(map(len, self.sources))
 
     def __iter__(self) -> Iterator[Item]:
+        return self.after(0)
+
+    def after(self, start: int) -> Iterator[Item]:
         for source in self.sources:
-            count = 0
-            try:
-                for item in source:
-                    yield item
-                    count += 1
-            except SourceError as error:
-                if not self.lenient:
-                    raise
-                index = None if isinstance(source, _Files) else count
-                yield Item(_shown(source.name), index, b"", error=CorruptImage(str(error)))
+            if start >= len(source):
+                start -= len(source)
+                continue
+            yield from _leniently(source, start) if self.lenient else source.after(start)
+            start = 0
+
+
+def _leniently(source: Source, start: int) -> Iterator[Item]:
+    """Items from a place on; where the source breaks off, its last one says so."""
+    place = start
+    try:
+        for item in source.after(start):
+            yield item
+            place += 1
+    except SourceError as error:
+        index = None if isinstance(source, _Files) else place
+        yield Item(_shown(source.name), index, b"", error=CorruptImage(str(error)))
+
+
+# --- pieces, for several processes to read ----------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stretch of a source that any process opens by itself.
+
+    Attributes:
+        path: the file of many images, or the folder of the named ones.
+        names: names of images in that folder, joined by NUL; None of a file of many images.
+        start: place of the first item in the file; 0 for names.
+        count: items, as names and headers promise them.
+        last: nothing of the file comes after.
+        error: why there are no images; one item says so.
+    """
+
+    path: str
+    names: bytes | None = None
+    start: int = 0
+    count: int = 1
+    last: bool = True
+    error: str | None = None
+
+
+def cut(source: Source, size: int) -> Iterator[list[Piece]]:
+    """Cut a source from `open_paths` into runs of `size` items; the last one may be shorter.
+
+    Put together, the items of all runs are those of the source, each of them once and in order.
+    """
+    run: list[Piece] = []
+    left = size
+    for leaf in _leaves(source):
+        start = 0
+        while start < len(leaf):
+            taken = min(left, len(leaf) - start)
+            run.append(_piece(leaf, start, taken))
+            start, left = start + taken, left - taken
+            if not left:
+                yield run
+                run, left = [], size
+    if run:
+        yield run
+
+
+def open_pieces(pieces: Iterable[Piece]) -> Iterator[Item]:
+    """The items of a run, in order; what has gone since it was cut is named item by item."""
+    for piece in pieces:
+        try:
+            source = _opened(piece)
+        except (SourceError, OSError) as error:
+            for place in range(piece.start, piece.start + piece.count):
+                yield Item(_shown(piece.path), place, b"", error=CorruptImage(str(error)))
+            continue
+        items = _leniently(source, piece.start)
+        yield from items if piece.last else islice(items, piece.count)
+
+
+def _leaves(source: Source) -> Iterator[Source]:
+    if isinstance(source, _Chain):
+        for inner in source.sources:
+            yield from _leaves(inner)
+    else:
+        yield source
+
+
+def _piece(leaf: Source, start: int, count: int) -> Piece:
+    last = start + count == len(leaf)
+    if isinstance(leaf, _Unreadable):
+        return Piece(leaf.name, error=leaf.why)
+    if isinstance(leaf, _Files | _Stored):
+        names = b"\0".join(leaf.packed.split(b"\0")[start : start + count])
+        return Piece(leaf.name, names, count=count, last=last)
+    return Piece(leaf.name, start=start, count=count, last=last)
+
+
+def _opened(piece: Piece) -> Source:
+    want = Want(False, None)
+    if piece.error is not None:
+        return _Unreadable(piece.path, piece.error)
+    if piece.names is None:
+        return (
+            open_parquet(piece.path, want) if is_uri(piece.path) else _open_file(piece.path, want)
+        )
+    if is_uri(piece.path):
+        return _Stored(open_store(piece.path), piece.path, piece.names, piece.count, None, want)
+    return _Files(piece.path, piece.path or ".", piece.names, piece.count, None, want)
+
+
+# --- stores -----------------------------------------------------------------------------------
+
+
+def _open_stored(uri: str, want: Want) -> Source:
+    store = open_store(uri)
+    if store.is_file():
+        folder, _, name = uri.rpartition("/")
+        if name.lower().endswith(".parquet"):
+            return _Chain(uri, (open_parquet(uri, want),))
+        if _CONTAINER.search(name):
+            raise SourceError(f"{uri}: of files of many images only Parquet is read from a store")
+        if want.labels:
+            raise SourceError(f"{uri}: a single image has no label; give a folder of them")
+        stored = _Stored(open_store(folder), folder, name.encode(), 1, None, want)
+        return _Chain(uri, (stored,))
+    folders: dict[tuple[str, ...], list[str]] = {}
+    for below in store.list():
+        *above, name = below.split("/")
+        if not any(part.startswith(".") for part in above) and not _NO_IMAGES.search(name):
+            folders.setdefault(tuple(above), []).append(name)
+    if not folders:
+        raise SourceError(f"{uri}: it holds no images; give a folder that does")
+    top = sorted({above[0] for above in folders if above})
+    splits = _splits(_Listing(uri, sorted(folders.get((), [])), top))
+    if len(splits) > 1:
+        one = next(iter(splits.values()))[0]
+        raise SourceError(
+            f"{uri}: it has the splits {', '.join(splits)}; give one of them, as in "
+            f"{uri.rstrip('/')}/{one}"
+        )
+    members: list[Source] = []
+    for parts in sorted(folders):
+        place = "/".join([uri.rstrip("/"), *parts])
+        label = parts[0] if parts else None
+        if want.labels and label is None:
+            raise SourceError(f"{uri}: images are in no class folder; labels need one a class")
+        names = sorted(name for name in folders[parts] if not _CONTAINER.search(name))
+        if names:
+            packed = "\0".join(names).encode()
+            inner = open_store(place)
+            stored = _Stored(inner, uri, packed, len(names), label if want.labels else None, want)
+            members.append(stored)
+        for name in sorted(filter(_many_images, folders[parts])):
+            if name.lower().endswith(".parquet"):
+                members.append(open_parquet(f"{place}/{name}", want))
+            else:
+                why = "of files of many images only Parquet is read from a store"
+                members.append(_Unreadable(f"{place}/{name}", why))
+    return _Chain(uri, tuple(members))
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """The image files of one folder in a store, fetched some way ahead."""
+
+    store: Store
+    root: str
+    packed: bytes
+    count: int
+    label: str | None
+    want: Want
+
+    @property
+    def name(self) -> str:
+        return self.store.uri
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[Item]:
+        return self.after(0)
+
+    def after(self, start: int) -> Iterator[Item]:
+        group = _grouping(self.want.group, self.root)
+        names = islice((name.decode() for name in self.packed.split(b"\0")), start, None)
+        for name, found in fetched(self.store, names, Limits().max_bytes):
+            path = f"{self.store.uri.rstrip('/')}/{name}"
+            if isinstance(found, bytes):
+                yield Item(path, None, found, self.label, group(path))
+            else:
+                error = found if isinstance(found, ImageError) else CorruptImage(str(found))
+                yield Item(path, None, b"", self.label, group(path), error)

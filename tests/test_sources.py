@@ -5,10 +5,12 @@ from __future__ import annotations
 import builtins
 import gzip
 import os
+import re
 import shutil
 import struct
 import tracemalloc
 from collections import deque
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +24,7 @@ from PIL import Image
 
 from anomalyd.errors import CorruptImage, FormatNotAllowed, MissingExtra, SourceError, UsageError
 from anomalyd.images import ImageSpec, to_pixels
-from anomalyd.sources import open_evaluation, open_paths, open_source
+from anomalyd.sources import cut, listed, open_evaluation, open_paths, open_pieces, open_source
 
 SPEC = ImageSpec(28, 28, 1)
 
@@ -495,7 +497,7 @@ def test_what_cannot_be_read_is_a_source_error_of_one_line(tmp_path):
         assert "\n" not in message
 
 
-@pytest.mark.parametrize("form", ["idx", "idx.gz", "gz cut", "npy", "npz", "parquet"])
+@pytest.mark.parametrize("form", ["idx", "idx.gz", "gz cut", "npy", "npz"])
 def test_a_file_that_breaks_off_gives_what_it_has_and_then_an_error(form, tmp_path, shirts):
     """The images before the damage are yielded; then the error names the file."""
     raw = idx(shirts[..., 0])
@@ -508,13 +510,6 @@ def test_a_file_that_breaks_off_gives_what_it_has_and_then_an_error(form, tmp_pa
         data = bytearray(path.read_bytes())
         data[-1000] ^= 255  # within the last image: found by the checksum
         path.write_bytes(data)
-    elif form == "parquet":
-        save_png(tmp_path / "png", shirts)
-        save_parquet(path, tmp_path / "png")
-        data = bytearray(path.read_bytes())
-        middle = len(data) // 2
-        data[middle : middle + 2000] = bytes(2000)
-        path.write_bytes(data)
     elif form == "gz cut":
         path.write_bytes(gzip.compress(raw)[:-3000])
     else:
@@ -525,6 +520,102 @@ def test_a_file_that_breaks_off_gives_what_it_has_and_then_an_error(form, tmp_pa
     with pytest.raises(SourceError, match=path.name):
         deque(map(found.append, source))
     assert len(found) >= 50
+
+
+def damaged_parquet(path: Path, shirts: np.ndarray) -> None:
+    """200 rows in groups of 16, of which two or three have no sound page any more."""
+    save_png(path.parent / "png", shirts)
+    save_parquet(path, path.parent / "png")
+    data = bytearray(path.read_bytes())
+    middle = len(data) // 2
+    data[middle : middle + 2000] = bytes(2000)
+    path.write_bytes(data)
+
+
+def test_a_damaged_row_group_loses_its_own_rows_alone(tmp_path, shirts):
+    """Every row of the group is an item that names it; those before and behind are images."""
+    damaged_parquet(tmp_path / "data.parquet", shirts)
+    items = list(open_source(tmp_path / "data.parquet"))
+    assert [item.index for item in items] == list(range(200))
+    bad = [item.index for item in items if item.error is not None]
+    assert 1 <= len(bad) <= 48
+    assert items[0].error is items[-1].error is None
+    assert re.search(r"row group \d+ of the file is damaged", str(items[bad[0]].error))
+
+
+@pytest.mark.parametrize("form", ["folder", "idx", "idx.gz", "gz cut", "npy", "npz", "parquet"])
+@pytest.mark.parametrize("size", [1, 7, 64, 1000])
+def test_pieces_put_together_are_the_source(form, size, tmp_path, shirts):
+    """Cut into runs of any size, whole or damaged, each item comes once and in order."""
+    raw = idx(shirts[..., 0])
+    path = tmp_path / f"data.{form.split()[0]}"
+    if form == "folder":
+        save_png(path, shirts[:20])
+        save_png(path / "below", shirts[20:30])
+    elif form == "npy":
+        np.save(path, shirts)
+    elif form == "npz":
+        np.savez(path, images=shirts)
+    elif form == "parquet":
+        damaged_parquet(path, shirts)
+    elif form == "gz cut":
+        path.write_bytes(gzip.compress(raw)[:-9000])
+    else:
+        path.write_bytes(gzip.compress(raw + b"!") if form == "idx.gz" else raw[:-78_411])
+    source = open_paths([path, tmp_path / "missing"])
+    runs = list(cut(source, size))
+    assert [sum(piece.count for piece in run) for run in runs[:-1]] == [size] * (len(runs) - 1)
+
+    def told(items):
+        return [(i.source, i.index, str(i.payload)[:50], str(i.error)) for i in items]
+
+    assert told(chain.from_iterable(map(open_pieces, runs))) == told(source)
+
+
+def test_a_file_that_has_gone_since_it_was_cut_is_named_image_by_image(tmp_path, shirts):
+    """Whoever opens a piece answers for each of its items."""
+    np.save(tmp_path / "a.npy", shirts[:10])
+    (_, second) = cut(open_paths([tmp_path / "a.npy"]), 6)
+    (tmp_path / "a.npy").unlink()
+    items = list(open_pieces(second))
+    assert [item.index for item in items] == [6, 7, 8, 9]
+    assert "cannot be read" in str(items[0].error)
+
+
+def test_a_list_stands_for_its_lines(tmp_path):
+    """@LIST is replaced by the paths in it, as often as they are there; others are kept."""
+    (tmp_path / "list.txt").write_text("a.png\n\n b/c.parquet \na.png\n")
+    assert listed(["x", f"@{tmp_path}/list.txt"]) == ["x", "a.png", "b/c.parquet", "a.png"]
+    with pytest.raises(SourceError, match=r"the list cannot be read: No such file"):
+        listed([f"@{tmp_path}/none.txt"])
+    (tmp_path / "empty.txt").write_text("\n")
+    with pytest.raises(SourceError, match="the list is empty"):
+        listed([f"@{tmp_path}/empty.txt"])
+
+
+def test_stores_that_cannot_be_are_one_line(tmp_path):
+    """An unknown scheme and a folder that is not there name the URI."""
+    for uri in ("nonsense://x/y", f"file://{tmp_path}/missing"):
+        with pytest.raises(SourceError, match=re.escape(uri)) as error:
+            open_source(uri)
+        assert "\n" not in str(error.value)
+
+
+def test_a_stored_folder_is_read_like_a_local_one(tmp_path, shirts):
+    """The same images under a URI: names are URIs, the order and the content the same."""
+    save_png(tmp_path / "data", shirts[:8])
+    save_png(tmp_path / "data" / "below", shirts[8:12])
+    (tmp_path / "data" / "README.md").write_text("no image")
+    save_parquet(tmp_path / "data" / "more.parquet", tmp_path / "data" / "below")
+    local = list(open_source(tmp_path / "data"))
+    stored = list(open_source(f"file://{tmp_path}/data"))
+    assert [f"file://{item.source}" for item in local] == [item.source for item in stored]
+    for here, there in zip(local, stored, strict=True):
+        payload = here.payload if isinstance(here.payload, bytes) else here.payload.read_bytes()
+        assert payload == there.payload
+    runs = list(cut(open_paths([f"file://{tmp_path}/data"]), 5))
+    again = [item.source for run in runs for item in open_pieces(run)]
+    assert again == [item.source for item in stored]
 
 
 def test_more_data_than_the_header_says_is_an_error(tmp_path, shirts):

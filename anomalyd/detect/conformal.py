@@ -41,6 +41,8 @@ __all__ = [
     "images_needed",
     "p_table",
     "p_values",
+    "q_table",
+    "ranks",
     "smallest_alpha",
 ]
 
@@ -218,6 +220,31 @@ def benjamini_hochberg(p: ArrayLike) -> Floats:
     q = np.empty_like(p)
     q[order] = np.minimum(np.minimum.accumulate(scaled[::-1])[::-1], 1.0)
     return q
+
+
+def ranks(p: ArrayLike, table: Floats) -> NDArray[np.intp]:
+    """Which entry of the table each p-value is: int (N,)."""
+    return np.searchsorted(table, np.asarray(p, np.float64))
+
+
+def q_table(counts: NDArray[np.int64], table: Floats) -> Floats:
+    """The q-value of each rank, as `benjamini_hochberg` gives it, from a histogram of p-values.
+
+    There are n + 1 possible p-values, however many images: nothing is sorted, and memory does not
+    grow with the batch.
+
+    Args:
+        counts: int64 (n + 1,), how many p-values are each entry of the table.
+        table: float64 (n + 1,), as `p_table` makes it.
+
+    Returns:
+        float64 (n + 1,); an entry that no p-value takes has the q-value of the next that one does.
+    """
+    below = np.cumsum(counts)
+    scaled = np.ones_like(table)
+    there = counts > 0
+    scaled[there] = table[there] * below[-1] / below[there]
+    return np.minimum(np.minimum.accumulate(scaled[::-1])[::-1], 1.0)
 
 
 def fewest_flags(q: float, n: int, m: int, confidence: float | None = None) -> int:

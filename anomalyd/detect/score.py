@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-from array import array
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
+
+import numpy as np
 
 from anomalyd.detect import conformal
 from anomalyd.detect.bayes import NOVEL, Labelling
@@ -28,10 +29,14 @@ from anomalyd.detect.pipeline import Slab, scored
 from anomalyd.errors import AnomalydError, UsageError
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from anomalyd.detect.detector import Detector
     from anomalyd.sources import Item, Source
 
-__all__ = ["Scoring", "Summary", "check_fdr", "score_to_file", "score_to_stream"]
+    Floats = NDArray[np.float64]
+
+__all__ = ["Scoring", "Summary", "check_fdr", "score_rows", "score_to_file", "score_to_stream"]
 
 
 @dataclass(frozen=True)
@@ -127,8 +132,10 @@ def score_to_stream(
     """
     writer = make_writer(kind, stream, scoring.columns)
     summary = Summary()
-    rows = _rows(detector, source, scoring, summary, progress=progress)
-    for slab in rows if scoring.fdr is None else _after_the_last(rows, scoring.fdr):
+    rows = score_rows(detector, source, scoring, summary, progress=progress)
+    if scoring.fdr is not None:
+        rows = _after_the_last(rows, scoring.fdr, detector.calibration.p_table)
+    for slab in rows:
         summary.add(slab)
         writer.write(slab)
         stream.flush()
@@ -168,21 +175,34 @@ def score_to_file(
         _skip(items, journal)
         progress(journal.count)
         first = journal.count
-        for rows in _rows(detector, items, scoring, summary, first=first, progress=progress):
+        for rows in score_rows(detector, items, scoring, summary, first=first, progress=progress):
             journal.write(rows)
-        journal.finish(kind, scoring.columns, _counted(_final(journal, scoring.fdr), summary))
+        final = _final(journal, scoring.fdr, detector.calibration.p_table)
+        journal.finish(kind, scoring.columns, _counted(final, summary))
     return summary
 
 
-def _rows(
+def score_rows(
     detector: Detector,
     items: Iterable[Item],
     scoring: Scoring,
     summary: Summary,
     *,
     first: int = 0,
-    progress: Callable[[int], object],
+    workers: int | None = None,
+    progress: Callable[[int], object] = lambda _: None,
 ) -> Iterator[list[Row]]:
+    """The row of every item, in their order, some at a time; verdicts by alpha, not by fdr.
+
+    Args:
+        detector: the bundle.
+        items: any number, read as they are needed.
+        scoring: what is asked of each.
+        summary: its `unfamiliar` is counted here.
+        first: how many items came before, for the names of maps.
+        workers: decoding threads; None takes what this process may use.
+        progress: called with the number of images done.
+    """
     maps = scoring.heatmaps
     if maps is not None:
         _make_folder(detector, maps)
@@ -193,6 +213,7 @@ def _rows(
         texture=detector.texture,
         nll_map=maps is not None,
         flips=scoring.flips,
+        workers=workers,
     ):
         yield _slab_rows(detector, slab, scoring)
         summary.unfamiliar += 0 if slab.raw is None else detector.unfamiliar(slab.raw)
@@ -236,7 +257,7 @@ def _slab_rows(detector: Detector, slab: Slab, scoring: Scoring) -> list[Row]:
     return rows
 
 
-def _after_the_last(slabs: Iterable[list[Row]], fdr: float) -> Iterator[list[Row]]:
+def _after_the_last(slabs: Iterable[list[Row]], fdr: float, table: Floats) -> Iterator[list[Row]]:
     """The same rows with q-values, which need every p-value: they wait on disk meanwhile."""
     with (
         tempfile.TemporaryDirectory(prefix="anomalyd-") as folder,
@@ -244,21 +265,15 @@ def _after_the_last(slabs: Iterable[list[Row]], fdr: float) -> Iterator[list[Row
     ):
         for slab in slabs:
             journal.write(slab)
-        decided = _final(journal, fdr)
+        decided = _final(journal, fdr, table)
         while chunk := list(islice(decided, ROWS_AT_A_TIME)):
             yield chunk
 
 
-def _q_values(rows: Iterable[Row]) -> Iterator[float]:
-    """q-values of the readable rows, in their order."""
-    p_values = array("d", (row["p_value"] for row in rows if "error" not in row))
-    return iter(conformal.benjamini_hochberg(p_values).tolist())
-
-
-def _decided(rows: Iterable[Row], q_values: Iterator[float], fdr: float) -> Iterator[Row]:
+def _decided(rows: Iterable[Row], table: Floats, q_table: Floats, fdr: float) -> Iterator[Row]:
     for row in rows:
         if "error" not in row:
-            q_value = next(q_values)
+            q_value = float(q_table[conformal.ranks(row["p_value"], table)])
             row["outlier"] = q_value <= fdr
             row["q_value"] = q_value
             if row["outlier"] and "label" in row:
@@ -266,10 +281,14 @@ def _decided(rows: Iterable[Row], q_values: Iterator[float], fdr: float) -> Iter
         yield row
 
 
-def _final(journal: Journal, fdr: float | None) -> Iterator[Row]:
+def _final(journal: Journal, fdr: float | None, table: Floats) -> Iterator[Row]:
     if fdr is None:
         return journal.rows()
-    return _decided(journal.rows(), _q_values(journal.rows()), fdr)
+    counts = np.zeros(len(table), np.int64)
+    for row in journal.rows():
+        if "error" not in row:
+            counts[conformal.ranks(row["p_value"], table)] += 1
+    return _decided(journal.rows(), table, conformal.q_table(counts, table), fdr)
 
 
 def _counted(rows: Iterable[Row], summary: Summary) -> Iterator[Row]:

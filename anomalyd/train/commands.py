@@ -13,7 +13,7 @@ import torch
 from anomalyd.detect import bundle as bundles
 from anomalyd.detect.bayes import check_priors
 from anomalyd.detect.golden import check_golden
-from anomalyd.detect.runtime import Session, available_cpus
+from anomalyd.detect.runtime import Session
 from anomalyd.errors import (
     BundleError,
     ExportError,
@@ -38,6 +38,7 @@ from anomalyd.train.recipe import (
 )
 from anomalyd.train.splits import near_duplicates, split
 from anomalyd.train.weights import load_weights, start_from, unpack_weights
+from anomalyd.train.workers import Workers, join
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -88,11 +89,17 @@ def train(
         raise UsageError("--minutes and --epochs contradict each other; give one of them")
     if priors and not labels:
         raise UsageError("--prior: only classes have priors; add --labels")
+    workers = join()
+    folder = out.with_name(f"{out.name}.run")
+    if not workers.first:
+        workers.prepared()
+        return _run(_Job.read(folder), out, folder, workers, device=device or "auto")
     if out.exists():
         raise UsageError(f"--out {out} exists; choose another name or remove it first")
-    folder = out.with_name(f"{out.name}.run")
-    if resume:
-        return _run(_Job.read(folder), out, folder, device=device or "auto", resume=True)
+    if resume or (workers.restarted and (folder / "job.json").exists()):
+        job = _Job.read(folder)
+        workers.prepared()
+        return _run(job, out, folder, workers, device=device or "auto")
     chosen = _chosen(model, recipe, init, epochs=epochs, seed=seed)
     asked = {
         "height": image_size,
@@ -111,8 +118,10 @@ def train(
     claim(folder)
     with counting("decoding", len(source)) as advance:
         gather(source, spec, folder, exclude=excluded(exclude), advance=advance)
+    (folder / "checkpoint.safetensors").unlink(missing_ok=True)
     job.write(folder)
-    return _run(job, out, folder, device=device or "auto", resume=False)
+    workers.prepared()
+    return _run(job, out, folder, workers, device=device or "auto")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,7 +232,7 @@ def _first_shape(source: Source) -> tuple[int, int, int]:
     raise SourceError(f"{source.name}: no image can be read{'; ' if first else ''}{first}")
 
 
-def _run(job: _Job, out: Path, folder: Path, *, device: str, resume: bool) -> int:
+def _run(job: _Job, out: Path, folder: Path, workers: Workers, *, device: str) -> int:
     """Train, export, calibrate, describe, write: everything after the images are decoded."""
     recipe = parse_recipe(job.recipe, f"recipe of {out.name}")
     spec = ImageSpec(**recipe.image)
@@ -237,7 +246,7 @@ def _run(job: _Job, out: Path, folder: Path, *, device: str, resume: bool) -> in
             f"{near:,} thumbnails of held-out images also occur in training; if photographs of "
             "one object are spread over the splits, --group keeps them together"
         )
-    torch.set_num_threads(available_cpus())
+    torch.set_num_threads(workers.threads)
     torch.manual_seed(recipe.train.seed)
     classes, labels = classes_of(images) if job.labels else ([], None)
     priors = None
@@ -252,10 +261,10 @@ def _run(job: _Job, out: Path, folder: Path, *, device: str, resume: bool) -> in
         f"{spec.height}x{spec.width}x{spec.channels} images"
         + (f", {len(classes)} classes" if classes else "")
     )
+    # A run that was stopped before its first checkpoint starts again, from the same seed.
+    resume = (folder / "checkpoint.safetensors").exists()
     if job.init and not resume:
         _start_from(model, recipe, Path(job.init))
-    # A run that was stopped before its first checkpoint starts again, from the same seed.
-    resume = resume and (folder / "checkpoint.safetensors").exists()
     try:
         with training(model.unit) as progress:
             outcome = loop.fit(
@@ -265,14 +274,18 @@ def _run(job: _Job, out: Path, folder: Path, *, device: str, resume: bool) -> in
                 recipe.train,
                 folder,
                 labels=labels,
-                device=loop.pick_device(device),
+                device=workers.device(loop.pick_device(device)),
                 minutes=job.minutes,
                 resume=resume,
                 progress=progress,
+                workers=workers,
             )
     except KeyboardInterrupt:
         say(f"stopped at a checkpoint; go on with: anomalyd train {job.data} --out {out} --resume")
         raise
+    workers.leave()
+    if not workers.first:
+        return 0
     epochs = round(outcome.budget / outcome.steps_per_epoch, 3)
     if job.init and not outcome.budget:  # made anew: its weights were trained as they were
         epochs = recipe_of(Path(job.init)).train.epochs
@@ -289,7 +302,8 @@ def _run(job: _Job, out: Path, folder: Path, *, device: str, resume: bool) -> in
     )
     for unreadable in images.unreadable:
         say(f"not used: {unreadable}")
-    return 3 if images.unreadable else 0
+    # torchrun takes any code but 0 for a death, and would start over.
+    return 3 if images.unreadable and not workers.launched else 0
 
 
 def _start_from(model: Model, recipe: Recipe, init: Path) -> None:

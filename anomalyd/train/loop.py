@@ -18,6 +18,7 @@ from anomalyd.errors import TrainingError
 from anomalyd.train import checkpoint
 from anomalyd.train.data import crops, per_tile
 from anomalyd.train.muon import Muon
+from anomalyd.train.workers import ALONE, Workers
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -92,6 +93,7 @@ def fit(
     minutes: float | None = None,
     resume: bool = False,
     progress: Progress | None = None,
+    workers: Workers = ALONE,
 ) -> Outcome:
     """Minimise `model.loss` over the training split; keep the best averaged weights.
 
@@ -107,16 +109,18 @@ def fit(
             so that a resumed run keeps its schedule.
         resume: continue from the checkpoint in `folder`.
         progress: called after each step.
+        workers: those that share each batch.
 
     Raises:
         TrainingError: nothing to resume, a checkpoint of another model, a loss that is not finite.
         KeyboardInterrupt: Ctrl-C, after a checkpoint was written.
     """
-    run = _Run(model, pixels, labels, splits, settings, folder, device)
+    run = _Run(model, pixels, labels, splits, settings, folder, device, workers)
     if resume:
         run.restore()
     else:
         run.budget = run.steps_for(minutes)
+    workers.seed(settings.seed, run.step)
     try:
         if not run.budget:  # no training: the weights it starts with, a bundle made anew
             run.validate()
@@ -179,7 +183,10 @@ class _Run:
         settings: TrainSettings,
         folder: Path,
         device: torch.device,
+        workers: Workers,
     ) -> None:
+        self.workers = workers
+        workers.same(model)
         self.model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.pixels, self.labels = pixels, labels
         self.settings, self.device = settings, device
@@ -220,7 +227,9 @@ class _Run:
         random = torch.get_rng_state()
         self.budget = 1_000_000
         began, steps = time.monotonic(), 0
-        while steps < 3 or (time.monotonic() - began < min(10.0, minutes * 6) and steps < 200):
+        while self.workers.told(
+            steps < 3 or (time.monotonic() - began < min(10.0, minutes * 6) and steps < 200)
+        ):
             self.train_step()
             steps += 1
             if steps == 2:  # the first steps allocate and choose kernels
@@ -232,7 +241,7 @@ class _Run:
             optimizer.state.clear()
         self.average = _averaged(self.model, self.settings.ema)
         self.step, self.stopwatch = 0, _Stopwatch()
-        return max(1, int(minutes * 60 / seconds))
+        return self.workers.told(max(1, int(minutes * 60 / seconds)))
 
     def train_step(self) -> float:
         """Take one step; return its loss."""
@@ -243,16 +252,17 @@ class _Run:
             group["lr"] = peak * scale
         self.model.train()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
-            loss = self.loss(*self.batch(self.step))
+            batch, share = self.batch(self.step)
+            loss = self.loss(*batch)
         for optimizer in self.optimizers:
             optimizer.zero_grad()
         loss.backward()
+        value = self.workers.average(self.model.parameters(), loss, share)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
         for optimizer in self.optimizers:
             optimizer.step()
         self.average.update_parameters(self.model)
         self.step += 1
-        value = loss.item()
         if not math.isfinite(value):
             raise TrainingError(
                 f"the loss became {value} at step {self.step}; lower learning_rate "
@@ -264,15 +274,20 @@ class _Run:
         )
         return value
 
-    def batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return the images of a step: which ones depends on the seed and the step alone."""
+    def batch(self, step: int) -> tuple[tuple[torch.Tensor, torch.Tensor | None], float]:
+        """Return this worker's images of a step, and their share of all.
+
+        Which ones all of them are depends on the seed and the step alone.
+        """
         epoch, position = divmod(step, self.batches_per_epoch)
         if self.epoch_order[0] != epoch:
             generator = np.random.default_rng([self.settings.seed, epoch])
             self.epoch_order = (epoch, generator.permutation(self.rows))
         size = self.settings.batch_size
         rows = self.epoch_order[1][position * size : (position + 1) * size]
-        return self.rows_of(np.sort(rows), [self.settings.seed, 0, step])
+        mine = self.workers.share(np.sort(rows))
+        seed = [self.settings.seed, 0, step, *([self.workers.rank] * (not self.workers.first))]
+        return self.rows_of(mine, seed), len(mine) / len(rows)
 
     def rows_of(
         self, rows: NDArray[np.int64], seed: Sequence[int]
@@ -294,14 +309,19 @@ class _Run:
             averaged.losses(*self.rows_of(self.validation[start : start + size], [0, 1, start]))
             .double()
             .sum()
-            for start in range(0, len(self.validation), size)
+            for start in range(0, len(self.validation), size)[
+                self.workers.rank :: self.workers.size
+            ]
         ]
-        loss = math.fsum(value.item() for value in losses) / len(self.validation)
+        loss = self.workers.total(math.fsum(value.item() for value in losses))
+        loss /= len(self.validation)
         if loss < self.best_loss - 1e-4:
             self.best.load_state_dict(averaged.state_dict())
             self.best_loss, self.bad = loss, 0
         else:
             self.bad += 1
+        if not self.workers.first:
+            return
         new = not self.history.exists()
         with self.history.open("a", newline="") as file:
             writer = csv.writer(file)
@@ -317,6 +337,8 @@ class _Run:
 
     def save(self) -> None:
         """Write a checkpoint."""
+        if not self.workers.first:
+            return
         progress = {
             "step": self.step,
             "budget": self.budget,

@@ -13,20 +13,30 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-__all__ = ["counting", "say", "training"]
+__all__ = ["counting", "mute", "say", "training"]
 
 LINE_SECONDS = 30.0
 
 
+_muted = False
+
+
+def mute() -> None:
+    """Tell nothing from here on: of several workers one speaks."""
+    global _muted
+    _muted = True
+
+
 def say(message: str) -> None:
     """Print one line to stderr."""
-    print(message, file=sys.stderr, flush=True)
+    if not _muted:
+        print(message, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
 def counting(what: str, total: int) -> Iterator[Callable[[int], None]]:
     """Show how many of `total` images are done; yields a function that adds to it."""
-    if not sys.stderr.isatty():
+    if _muted or not sys.stderr.isatty():
         yield lambda _: None
         return
     columns = (
@@ -43,7 +53,7 @@ def counting(what: str, total: int) -> Iterator[Callable[[int], None]]:
 @contextlib.contextmanager
 def training(unit: str) -> Iterator[Callable[..., None]]:
     """Show steps, the loss in `unit`, images/s and the time left; yields a `loop.Progress`."""
-    if sys.stderr.isatty():
+    if sys.stderr.isatty() and not _muted:
         columns = (
             TextColumn("training"),
             BarColumn(),

@@ -225,6 +225,23 @@ def test_benjamini_hochberg_matches_scipy(p):
 
 
 @given(
+    st.lists(st.integers(0, 30), min_size=1, max_size=200),
+    st.integers(30, 60),
+    st.sampled_from(CONFIDENCES),
+)
+def test_a_histogram_of_p_values_gives_their_q_values(taken, n, confidence):
+    """To the last bit what sorting all p-values gives, from n + 1 counts."""
+    table = conformal.p_table(n, confidence)
+    p = table[taken]
+    ranks = conformal.ranks(p, table)
+    q = conformal.q_table(np.bincount(ranks, minlength=n + 1), table)
+
+    np.testing.assert_array_equal(ranks, taken)
+    np.testing.assert_array_equal(q[ranks], conformal.benjamini_hochberg(p))
+    assert np.all(np.diff(q) >= 0)
+
+
+@given(
     st.integers(1, 400),
     st.integers(1, 300),
     st.sampled_from([0.01, 0.05, 0.1, 0.3]),

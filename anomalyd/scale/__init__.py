@@ -1,0 +1,1 @@
+"""Past one machine: batch scoring and whole folders of models on Ray."""
