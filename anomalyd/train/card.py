@@ -247,20 +247,17 @@ def _score(manifest: Manifest) -> str:
             "photograph passes, and what lies within the variety of the normal surface."
         )
     names = ", ".join(f"`{name}`" for name in manifest.statistics)
+    columns = f"{1 + len(manifest.statistics)} columns made comparable by their ranks"
+    where = f"in {columns}: -log p(x) and the statistics {names}"
+    if manifest.score_name != "density_of_states" and "embedding" in manifest.outputs:
+        where += "; or how far its code is from theirs, whichever is stranger"
+    theirs = "normal images that were set aside to fit it"
     if manifest.temperature is not None:
-        return (
-            "The score of a class is the distance to the nearest of its normal images that were "
-            f"set aside to fit it, in {2 + len(manifest.statistics)} columns made comparable by "
-            "their ranks: -log p(x|y), log p(x) - log p(x|y) and the statistics "
-            f"{names}; an image has that of the class it is least strange to. It is no "
-            "probability, and nothing is promised about outliers."
-        )
+        theirs = "images of the class that suits it best, of those set aside to fit it"
     return (
-        "The score is the distance to the nearest of the normal images that were set aside to fit "
-        f"it, in {1 + len(manifest.statistics)} columns made comparable by their ranks: -log p(x) "
-        f"and the statistics {names}. It is no probability, and nothing is promised about "
-        "outliers: flips, small changes of contrast and other images with the statistics of "
-        "normal ones pass."
+        f"The score says how far an image is from the nearest of the {theirs}, {where}. It is no "
+        "probability, and nothing is promised about outliers: flips, small changes of contrast "
+        "and other images with the statistics of normal ones pass."
     )
 
 

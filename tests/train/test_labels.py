@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from anomalyd.cli import main
-from anomalyd.detect.bundle import read_bundle
+from anomalyd.detect.bundle import read_bundle, write_bundle
 from anomalyd.detect.detector import Detector
 from anomalyd.errors import AlphaUnreachable, UsageError
 from anomalyd.sources import open_source
@@ -117,7 +117,7 @@ def test_a_composed_bundle_exports_again(composed):
     assert again.read("weights.safetensors") == before_weights
 
 
-def test_parts_that_do_not_go_together_are_refused(parts, bayes, data, tmp_path):
+def test_parts_that_do_not_go_together_are_refused(parts, bayes, tmp_path):
     """Wrong kinds, a density with classes: each in one line, and nothing is written."""
     classifier, density = parts
     out = tmp_path / "x"
@@ -128,7 +128,11 @@ def test_parts_that_do_not_go_together_are_refused(parts, bayes, data, tmp_path)
     ):
         with pytest.raises(UsageError, match=says):
             compose(*given, out=out, data=None, licence=None)
-    other = made("classifier", data, tmp_path, f"{SMALL}hidden = 8\n", labels=True, seed=5)
+    content = read_bundle(classifier)
+    files = {name: content.read(name) for name in content.manifest.files}
+    files["recipe.toml"] = files["recipe.toml"].replace(b"seed = 0", b"seed = 5")
+    other = tmp_path / "other"
+    write_bundle(other, content.manifest, files)
     with pytest.raises(UsageError, match="differ in their --seed"):
         compose(other, density, out=out, data=None, licence=None)
     assert not out.exists()

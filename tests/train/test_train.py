@@ -158,7 +158,7 @@ def test_companions_join_a_density_that_stays_as_it_was(bundle, fixture_data, tm
     joined, alone = read_bundle(tmp_path / "joined"), read_bundle(bundle)
 
     assert code == 0
-    assert joined.manifest.score_name == "density_of_states"
+    assert joined.manifest.score_name == "nearest_normals"
     assert [*alone.manifest.statistics, "local_nll", "local_excess", "nll_over_local"] == list(
         joined.manifest.statistics
     )
