@@ -15,12 +15,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 __all__ = ["BatchFailed", "Batcher", "Expired", "Late", "Pace", "QueueFull"]
 
@@ -58,29 +58,32 @@ class BatchFailed(Exception):
 
 
 class Pace:
-    """How long runs take: a moving average, apart for runs of 1, 2-3, 4-7, ... jobs.
+    """How long runs take: the best of the last few, apart for runs of 1, 2-3, 4-7, ... jobs.
 
-    It goes down fast and up slowly, so that one run that was held up refuses nobody.
+    The best, so that a machine that stalls for once refuses nobody; of the last few, so that one
+    that has become slow is known soon.
 
     Args:
         most: jobs of the largest run.
     """
 
-    FASTER, SLOWER = 0.5, 0.05  # weights of a run that took less, or more, than they do
+    LAST, FEWEST = 8, 3  # runs of a size that count, and that it takes to know it
 
     def __init__(self, most: int) -> None:
         self._most = most
-        self._each: dict[int, float] = {}  # bits of the number of jobs -> seconds a job
+        self._runs: dict[int, deque[float]] = {}  # bits of the number of jobs -> seconds a job
+        self._each: dict[int, float] = {}
 
     def note(self, jobs: int, seconds: float) -> None:
         """A run of so many jobs took so long."""
-        size, each = jobs.bit_length(), seconds / jobs
-        before = self._each.get(size, each)
-        weight = self.FASTER if each < before else self.SLOWER
-        self._each[size] = before + weight * (each - before)
+        size = jobs.bit_length()
+        runs = self._runs.setdefault(size, deque(maxlen=self.LAST))
+        runs.append(seconds / jobs)
+        if len(runs) >= self.FEWEST:
+            self._each[size] = min(runs)
 
     def seconds(self, jobs: int) -> float:
-        """How long so many jobs will take; 0 before the first run."""
+        """How long so many jobs will take; 0 while that is not known."""
         full, rest = divmod(jobs, self._most)
         return full * self._run(self._most) + (self._run(rest) if rest else 0.0)
 
@@ -94,8 +97,7 @@ class Pace:
         return jobs * each[size]
 
 
-@dataclass(frozen=True, slots=True)
-class _Waiting(Generic[Job]):
+class _Waiting(NamedTuple, Generic[Job]):
     job: Job
     since: float
     until: float
@@ -210,8 +212,10 @@ class Batcher(Generic[Job, Answer]):
         if len(self._waiting) + len(jobs) > self.capacity:
             raise QueueFull(self.wait)
         sizes = [self._size(job) for job in jobs]
-        if self._bytes + sum(sizes) > self._most_bytes:
+        size = sum(sizes)
+        if self._bytes + size > self._most_bytes:
             raise QueueFull(self.wait)
+        self._bytes += size
         loop = asyncio.get_running_loop()
         now = time.perf_counter()
         until = now + (self._timeout if timeout is None else min(timeout, self._timeout))
@@ -219,7 +223,6 @@ class Batcher(Generic[Job, Answer]):
         for job, size in zip(jobs, sizes, strict=True):
             future: asyncio.Future[Answer] = loop.create_future()
             self._waiting[future] = _Waiting(job, now, until, size)
-            self._bytes += size
             futures.append(future)
         if not self._busy:
             self._wake(loop)

@@ -8,9 +8,9 @@ import os
 import re
 from collections.abc import Iterable
 from contextvars import ContextVar
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import count
+from typing import NamedTuple
 
 __all__ = ["Identity", "configure", "identified"]
 
@@ -21,8 +21,7 @@ _prefix = os.urandom(6).hex()
 _serial = count(1)
 
 
-@dataclass(frozen=True, slots=True)
-class Identity:
+class Identity(NamedTuple):
     """Which request something is about.
 
     Attributes:

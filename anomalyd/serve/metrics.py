@@ -7,6 +7,7 @@ client chooses.
 from __future__ import annotations
 
 import platform
+import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from typing import TYPE_CHECKING
@@ -260,7 +261,9 @@ class ModelMetrics:
         self.load_seconds = metrics.model_load_seconds.labels(*names)
         self.created = metrics.model_created.labels(*names)
         self._succeeded = metrics.inferences.labels(*names, "success")
-        self._last_inference = metrics.last_inference.labels(*names)
+        self._answered_at = 0.0
+        # A function of self alone: what is served may still be let go.
+        metrics.last_inference.labels(*names).set_function(lambda: self._answered_at)
         self.failed = metrics.inferences.labels(*names, "fail")
         self._verdicts = {
             verdict: metrics.images.labels(*names, verdict)
@@ -282,7 +285,7 @@ class ModelMetrics:
     def answered(self) -> None:
         """Count a request that was answered."""
         self._succeeded.inc()
-        self._last_inference.set_to_current_time()
+        self._answered_at = time.time()
 
     def judged(self, verdict: Verdict) -> None:
         """Count one image's verdict."""

@@ -6,8 +6,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -37,8 +36,7 @@ INLINE_BYTES = 16 << 10
 INLINE_PIXELS = 128 * 128
 
 
-@dataclass(frozen=True)
-class Asked:
+class Asked(NamedTuple):
     """What a request asks of every image.
 
     Attributes:
@@ -65,7 +63,9 @@ class Scorer:
         self._most_bytes = settings.queue_bytes
         self._limits = Limits(settings.max_body_bytes, settings.max_pixels)
         self._inline = Limits(INLINE_BYTES, min(INLINE_PIXELS, settings.max_pixels))
-        self._pool = ThreadPoolExecutor(available_cpus(), thread_name_prefix="decode")
+        cpus = max(1, available_cpus() // settings.workers)
+        self._pool = ThreadPoolExecutor(cpus, thread_name_prefix="decode")
+        self._at_a_time = 2 * cpus  # images of one request that are decoded together
 
     async def decode(
         self, model: Model, images: Sequence[Image], timeout: float | None = None
@@ -79,8 +79,7 @@ class Scorer:
         model.batcher.admit(len(images), timeout)
         decoded: list[Pixels | ImageError] = []
         size = 0
-        # What is decoded at one time, and not all of a large request.
-        step = 2 * available_cpus()
+        step = self._at_a_time
         for start in range(0, len(images), step):
             some = [self._decode(model, image) for image in images[start : start + step]]
             for pixels in await _each(some):

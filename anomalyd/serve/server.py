@@ -14,7 +14,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Collection, Coroutine, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -78,6 +78,9 @@ def main(settings: ServeSettings) -> None:
     with handed or bind(settings.host, settings.port) as listener:
         if handed is None:
             listen(listener)
+        if settings.workers > 1:
+            asyncio.run(_supervise(settings, listener))
+            return
         models = Models(default=settings.default_model, metrics=Metrics())
         serve(
             settings,
@@ -162,6 +165,7 @@ def serve(
     access: Access | None,
     *,
     early: bool,
+    announce: bool = True,
 ) -> None:
     """Serve on a listening socket until SIGTERM or SIGINT.
 
@@ -172,12 +176,14 @@ def serve(
         owner: who loads them.
         access: who may do what.
         early: let clients in before the models are loaded, to answer probes.
+        announce: say where, and tell the service manager.
 
     Raises:
         AnomalydError: why nothing can be served.
     """
     events = None if settings.events is None else Events(settings.events, models.metrics)
-    daemon = _Daemon(settings, models, owner, access, Scorer(settings, models.metrics, events))
+    scorer = Scorer(settings, models.metrics, events)
+    daemon = _Daemon(settings, models, owner, access, scorer, announce)
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         server = runner.run(_run(daemon, listener, early=early))
     models.close()
@@ -198,6 +204,7 @@ class _Daemon:
     owner: Owner
     access: Access | None
     scorer: Scorer
+    announce: bool
 
 
 async def _run(daemon: _Daemon, listener: socket.socket, *, early: bool) -> _Server:
@@ -287,8 +294,11 @@ class _Server(uvicorn.Server):
         if self.should_exit or self._told.is_set():
             return
         self._daemon.models.ready = True
+        if not self._daemon.announce:
+            return
         for listener in sockets or []:
-            _announce(self._daemon, listener)
+            models = self._daemon.models
+            _announce(self._daemon.settings, listener, models.by_name, models.default)
         notify("READY=1", f"STATUS=serving {self._daemon.models.names}")
         if self._daemon.settings.watch:
             self._background(self._every(self._daemon.settings.watch, self._look))
@@ -334,7 +344,8 @@ class _Server(uvicorn.Server):
 
     async def _told_to_stop(self) -> None:
         await self._told.wait()
-        notify("STOPPING=1")
+        if self._daemon.announce:
+            notify("STOPPING=1")
         models = self._daemon.models
         models.ready = False
         if models.started:
@@ -436,15 +447,25 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
     return factory
 
 
-def _announce(daemon: _Daemon, listener: socket.socket) -> None:
-    models = daemon.models
+async def _supervise(settings: ServeSettings, listener: socket.socket) -> None:
+    from anomalyd.serve.supervisor import Supervisor
+
+    def announce(names: Collection[str]) -> None:
+        only = next(iter(names)) if len(names) == 1 else None
+        _announce(settings, listener, names, settings.default_model or only)
+
+    await Supervisor(settings, listener, announce).run()
+
+
+def _announce(
+    settings: ServeSettings, listener: socket.socket, names: Collection[str], default: str | None
+) -> None:
     host, port = listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
-    scheme = "http" if daemon.settings.tls_cert is None else "https"
-    where = f"{scheme}://{shown}:{port}"
-    if daemon.settings.log_format == "json":
-        fields = {"models": list(models.by_name), "url": where, "default": models.default}
+    where = f"{'http' if settings.tls_cert is None else 'https'}://{shown}:{port}"
+    if settings.log_format == "json":
+        fields = {"models": list(names), "url": where, "default": default}
         logger.info("serving", extra={"fields": fields})
         return
-    default = f", default {models.default}" if models.default else ""
-    print(f"serving {models.names} on {where}{default}", file=sys.stderr, flush=True)
+    said = f"serving {', '.join(names)} on {where}" + (f", default {default}" if default else "")
+    print(said, file=sys.stderr, flush=True)
