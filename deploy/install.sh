@@ -42,5 +42,6 @@ trap 'rm -f "$list"' EXIT
 printf '%s\n' "$requirements" >"$list"
 "$python" -m venv --without-pip "$prefix"
 install --requirement "$list" "$onnxruntime"
-install --no-deps "$source"
+# A clone that moved on keeps its version: without force the old code would stay.
+install --no-deps --force-reinstall "$source"
 echo "installed in $prefix, $(du -sm "$prefix" | cut -f1) MiB: $prefix/bin/anomalyd"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry
@@ -11,8 +11,9 @@ from prometheus_client.exposition import choose_encoder
 
 if TYPE_CHECKING:
     from anomalyd.serve.metrics import Samples
+    from anomalyd.serve.models import Key
 
-__all__ = ["Family", "exposition", "families", "merged", "samples"]
+__all__ = ["Family", "counted", "exposition", "families", "merged", "of_versions", "samples"]
 
 Family = dict[str, Any]
 """A family as JSON: name, type, documentation and [sample name, labels, value] rows."""
@@ -73,6 +74,22 @@ def merged(processes: Iterable[Sequence[Family]]) -> list[Family]:
 def counted(process: Sequence[Family]) -> list[Family]:
     """What stays true of a process that has ended: its counts, and no state."""
     return [family for family in process if family["type"] in ("counter", "histogram")]
+
+
+def of_versions(process: Sequence[Family], keys: Collection[Key]) -> list[Family]:
+    """What is not about a version of a model, or about one of these."""
+    served = {(key.name, key.version) for key in keys}
+    return [
+        {
+            **family,
+            "samples": [
+                [name, labels, value]
+                for name, labels, value in family["samples"]
+                if "model" not in labels or (labels["model"], labels["version"]) in served
+            ],
+        }
+        for family in process
+    ]
 
 
 def exposition(process: Sequence[Family], accept: str) -> tuple[bytes, str]:

@@ -272,7 +272,6 @@ class Repository:
         for name, version in self._chosen.items():
             if Key(name, version) in self._served:
                 current[name] = version
-        self._fleet.publish(list(self._served), current, leaving)
         rows = {key: _row(key, "READY", "") for key in self._served}
         for key in self._served:
             if key.name in leaving:
@@ -286,6 +285,7 @@ class Repository:
             if isinstance(off, Key):
                 rows.setdefault(off, _row(off, "UNAVAILABLE", "unloaded"))
         self._rows = [rows[key] for key in sorted(rows, key=lambda k: (k.name, by_age(k.version)))]
+        self._fleet.publish(list(self._served), current, leaving)
 
 
 def scan(given: Sequence[str]) -> list[Found]:

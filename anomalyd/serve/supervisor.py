@@ -4,7 +4,8 @@
     workers      each the models, a share of the CPUs and of the limits, and the socket
 
 A change of what is served is made ready in every worker before any of them takes it. A worker
-that ends is started again, ever later; until it serves, nobody says "ready".
+that ends is started again, ever later; until it serves, nobody says "ready". What it counted
+until the last scrape stays counted.
 """
 
 from __future__ import annotations
@@ -122,6 +123,7 @@ class Supervisor:
         staged, self._staged = self._staged, {}
         self._table = {key: staged.get(key) or self._table[key] for key in keys}
         self._current, self._leaving = dict(current), list(leaving)
+        self._past = merging.of_versions(self._past, self._table)
         self._from_thread(self._publish())
 
     def _from_thread(self, work: Coroutine[Any, Any, None]) -> None:
@@ -219,6 +221,7 @@ class Supervisor:
         """Bring a worker to what is served; it takes part from then on."""
         while True:
             with contextlib.suppress(Gone):
+                await worker.link.ask("hello")
                 async with self._changes:
                     table = dict(self._table)
                     for key, path in table.items():

@@ -17,6 +17,7 @@ from tiny import rewrite_manifest, tiny_bundle
 from anomalyd.config import from_table
 from anomalyd.serve import merging
 from anomalyd.serve.metrics import Metrics
+from anomalyd.serve.models import Key
 from anomalyd.serve.settings import ServeSettings
 from anomalyd.serve.supervisor import share
 
@@ -120,6 +121,22 @@ def test_counts_of_processes_add_up(counts):
     assert of(f"{seconds}_bucket", route="/v1/score", le="0.25") == total
     assert of(f"{seconds}_sum", route="/v1/score") == pytest.approx(0.2 * total)
     assert of("anomalyd_model_ready", model="tiny", version="1") == (min(counts) > 0)
+
+
+def test_what_is_served_no_more_is_counted_no_more():
+    """A version that is gone leaves no series of a worker that has ended either."""
+    metrics = Metrics()
+    for version in ("1", "2"):
+        metrics.images.labels("tiny", version, "normal").inc()
+    metrics.requests.labels("/v1/score", "200").inc()
+    past = merging.counted(merging.families(metrics.registry))
+    found = merging.samples(merging.of_versions(past, [Key("tiny", "2")]))
+    versions = {dict(labels).get("version") for name, labels in found if "images" in name}
+    assert versions == {"2"}
+    assert (
+        "anomalyd_requests_total",
+        frozenset({("route", "/v1/score"), ("code", "200")}),
+    ) in found
 
 
 def test_the_exposition_is_the_same_text():
