@@ -174,9 +174,10 @@ def train(
 
 def _train_per_folder(address: str | None, data: str, out: Path, **options: Any) -> int:
     _training()
-    from anomalyd.scale.cluster import cluster
+    from anomalyd.scale.cluster import cluster, require
     from anomalyd.scale.fleet import members, train_folders
 
+    require()
     names = members(Path(data), out)
     failed = []
     if names:
@@ -527,13 +528,14 @@ def _score_on_ray(
     from anomalyd.detect.detector import Detector
     from anomalyd.detect.manifest import dump_manifest
     from anomalyd.detect.score import Scoring
-    from anomalyd.scale.cluster import cluster
+    from anomalyd.scale.cluster import cluster, require
     from anomalyd.scale.plan import Question, make_plan, read_plan
     from anomalyd.scale.score import finished
     from anomalyd.scale.score import score as run
     from anomalyd.sources import listed, open_paths
     from anomalyd.stores import open_store
 
+    require()
     detector = Detector.load(bundle, device="cpu")
     asked = detector.labelling(*wishes) if detector.labels or any(wishes) else None
     if asked is not None and fdr is not None:

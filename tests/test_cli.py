@@ -84,11 +84,15 @@ def test_every_command_has_help(run, command):
         (
             "train",
             "--model --out --labels --image-size --channels --minutes --epochs --device --group "
-            "--exclude --init --resume --recipe",
+            "--exclude --init --resume --recipe --per-folder --ray-address",
         ),
         ("calibrate", "--confidence --refit --group"),
         ("evaluate", "--normal --outliers --labels --alpha --limit --seed --format --report"),
-        ("score", "--alpha --fdr --format --output --heatmaps --explain --device --resume"),
+        (
+            "score",
+            "--alpha --fdr --format --output --heatmaps --explain --device --resume --engine "
+            "--ray-address",
+        ),
         ("serve", "--host --port --default-model --device --config"),
         ("sample", "--label --seed --output"),
         ("embed", "--output --device"),

@@ -11,8 +11,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 EXTRAS = (
-    "google", "matplotlib", "onnx", "onnxscript", "pyarrow", "safetensors", "scipy", "sklearn",
-    "torch",
+    "google", "matplotlib", "onnx", "onnxscript", "pandas", "pyarrow", "ray", "safetensors",
+    "scipy", "sklearn", "torch",
 )  # fmt: skip
 
 # Run with only the base packages: what an extra brings cannot be imported.
@@ -86,6 +86,11 @@ def test_import_has_no_side_effects(wheel):
         (("export", "{bundle}"), "anomalyd[train]"),
         (("score", "{bundle}", "{data}", "--output", "{out}"), "anomalyd[evaluate]"),
         (
+            ("score", "{bundle}", "{data}", "--engine", "ray", "--output", "{parts}"),
+            "anomalyd[ray]",
+        ),
+        (("score", "{bundle}", "s3://bucket/x"), "anomalyd[evaluate]"),
+        (
             ("evaluate", "{bundle}", "--normal", "{data}", "--report", "{page}"),
             "anomalyd[evaluate]",
         ),
@@ -97,6 +102,7 @@ def test_missing_extra_is_named(wheel, fixture_data, tmp_path, arguments, extra)
         "data": fixture_data / "mnist" / "t10k-images-idx3-ubyte.gz",
         "bundle": ROOT / "tests" / "data" / "format-1" / "tiny",
         "out": tmp_path / "scores.parquet",
+        "parts": tmp_path / "parts",
         "page": tmp_path / "report.html",
     }
     done = bare(wheel, RUN, *(argument.format(**places) for argument in arguments))

@@ -8,6 +8,7 @@ import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from anomalyd.detect.runtime import available_cpus
@@ -16,10 +17,24 @@ from anomalyd.errors import AnomalydError, MissingExtra, UsageError
 if TYPE_CHECKING:
     from types import ModuleType
 
-__all__ = ["cluster", "reason"]
+__all__ = ["cluster", "reason", "require"]
 
 REACH_SECONDS = 5.0
 STORE_BYTES = 256 << 20  # of a cluster of our own: what travels is names and counts
+
+
+def require() -> None:
+    """Told before anything is read or planned.
+
+    Raises:
+        MissingExtra: Ray is not installed.
+    """
+    try:
+        there = find_spec("ray") is not None
+    except ModuleNotFoundError:
+        there = False
+    if not there:
+        raise MissingExtra("ray", "ray")
 
 
 @contextmanager

@@ -132,8 +132,9 @@ def test_a_run_goes_on_with_another_number_of_workers(tmp_path):
 
 def test_more_workers_than_images_in_a_batch_is_one_line_a_worker(tmp_path):
     """A mistake of the user's ends it with its reason."""
-    recipe = written(tmp_path, "autoencoder", 1.0)
-    recipe.write_text(recipe.read_text().replace("batch_size = 15", "batch_size = 1"))
+    recipe = tmp_path / "one.toml"
+    text = written(tmp_path, "autoencoder", 1.0).read_text()
+    recipe.write_text(text.replace("batch_size = 15", "batch_size = 1"))
     process = train(tmp_path / "x", str(DATA), "--recipe", str(recipe), workers=2)
     _, said = process.communicate(timeout=600)
 
