@@ -5,6 +5,7 @@ BIN := .venv/bin
 DATA ?= $(or $(ANOMALYD_DATA),../shared/data)
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 PROOFS := tools triton kserve mlserver
+PEERS := litserve mlserver bentoml
 SOAK_SECONDS ?= 3600
 BUNDLES := $(sort $(dir $(wildcard trained/*/manifest.json)))
 
@@ -32,7 +33,7 @@ soak: .venv/all
 	ANOMALYD_SOAK_SECONDS=$(SOAK_SECONDS) $(BIN)/python -m pytest tests/interop/proof_soak.py
 
 # The numbers in README and cards, and the speed ratios; minutes, not seconds.
-bench: .venv/all
+bench: .venv/all debian $(PEERS:%=.venv-proofs/%/installed)
 	$(BIN)/python tests/bench/bench.py --data $(DATA)
 
 # The tables of outliers in trained/README.md; some ten minutes a PixelCNN.

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
-from bench_serve import daemon, get
+from bench_serve import PARTS, Row, daemon, get, row
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the tests' own helpers
@@ -38,20 +38,12 @@ from anomalyd.train.recipe import parse_recipe
 ROOT = Path(__file__).parents[2]
 TRAINED = ROOT / "trained"
 ANOMALYD = str(Path(sys.executable).with_name("anomalyd"))
-Row = tuple[str, str, str, bool | None]
 BENCHES: list[Callable[[Path], Iterator[Row]]] = []
 
 
 def bench(function: Callable[[Path], Iterator[Row]]) -> Callable[[Path], Iterator[Row]]:
     BENCHES.append(function)
     return function
-
-
-def row(what: str, value: float, form: str, low: float | None = None, high: float | None = None):
-    """One line of the table: the value, its target, and whether it is met."""
-    target = "" if low is high is None else f">= {low:g}" if high is None else f"< {high:g}"
-    met = None if not target else (value >= low if high is None else value < high)
-    return what, form.format(value), target, met
 
 
 def seconds(work: Callable[[], object], times: int = 3) -> float:
@@ -351,14 +343,9 @@ def start_up(data: Path) -> Iterator[Row]:
 
 @bench
 def serving(data: Path) -> Iterator[Row]:
-    """Single-image requests on one daemon, the client on the same cores."""
-    script = Path(__file__).with_name("bench_serve.py")
-    command = [sys.executable, str(script), str(TRAINED / "fashion-mnist-vae")]
-    found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    yield row(
-        "fashion-mnist-vae: requests/s, 32 connections", found["requests_per_second"], "{:,.0f}"
-    )
-    yield row("fashion-mnist-vae: p99, ms", found["p99_ms"], "{:.1f}")
+    """The daemon under load: see bench_serve.py."""
+    for part in PARTS.values():
+        yield from part(5.0)
 
 
 def main() -> None:
