@@ -40,7 +40,14 @@ FAR = "--engine ray"  # tests/cluster/proof_readme.py runs these
 LOCAL = [(c, o) for c, o in commands() if c.startswith("anomalyd ") and "serve" not in c]
 LOCAL = [(c, o) for c, o in LOCAL if FAR not in c]
 CURLS = [(c, o) for c, o in commands() if c.startswith("curl ")]
-SKIPPED = ("make ", "pip install", "anomalyd serve", "anomalyd train", "torchrun ")
+SKIPPED = (
+    "make ",
+    "pip install",
+    "anomalyd serve",
+    "anomalyd train",
+    "anomalyd compose",
+    "torchrun ",
+)
 
 
 def run(command: str, cwd: Path) -> str:

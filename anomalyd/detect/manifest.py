@@ -161,7 +161,7 @@ def dump_manifest(manifest: Manifest) -> bytes:
     """Bytes of `manifest.json`: UTF-8, sorted keys, two spaces, final newline."""
     plain = msgspec.to_builtins(manifest, enc_hook=_number)
     if manifest.temperature is None:
-        del plain["temperature"]
+        plain.pop("temperature", None)
     text = json.dumps(plain, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False)
     return f"{text}\n".encode()
 

@@ -285,19 +285,17 @@ def test_maps_come_on_demand():
     np.testing.assert_allclose(raw.nll_map.sum(axis=(1, 2)), -raw.log_likelihood[:, 0], rtol=1e-5)
 
 
-def test_features_come_on_demand():
-    """(N, E), fetched only where asked for; a graph that has none says so."""
+def test_features_come_from_graphs_that_have_them():
+    """(N, E), row by row with the rest; None from a graph without an encoder."""
     session = Session(tiny.tiny_encoder("classifier").SerializeToString(), device="cpu")
     images = tiny.draw(40)
-    assert session.run(images).embedding is None
     raw = session.run(images)
     np.testing.assert_allclose(raw.embedding, tiny.embedding(images), rtol=1e-5)
     chosen = raw[np.array([3, 1])]
     assert np.array_equal(chosen.log_posterior, raw.log_posterior[[3, 1]])
     assert np.array_equal(Raw.concat([raw, chosen]).embedding[40:], chosen.embedding)
     without = Session(tiny.tiny_model().SerializeToString(), device="cpu")
-    with pytest.raises(BundleError, match=r"no encoder \(embedding\)"):
-        without.run(images, embedding=True)
+    assert without.run(images).embedding is None
 
 
 def test_progress_is_told_batch_by_batch():
