@@ -36,8 +36,8 @@ def measured(bundle: Bundle) -> dict[str, Any]:
     """One row: what the bundle says of itself, and its speed."""
     manifest, card = bundle.manifest, bundle.read("CARD.md").decode()
     recipe = parse_recipe(bundle.read("recipe.toml").decode(), str(bundle.path))
-    command = re.search(r"^    (anomalyd train .*)$", card, re.MULTILINE)
-    accuracy = re.search(r"accuracy ([0-9.]+) on", card)
+    command = re.search(r"^    (anomalyd (?:train|compose) .*)$", card, re.MULTILINE)
+    accuracy = re.search(r"accuracy ([0-9.]+) on|([0-9.]+) have their own class", card)
     return {
         "bundle": manifest.name,
         "model": recipe.model,
@@ -46,7 +46,7 @@ def measured(bundle: Bundle) -> dict[str, Any]:
         "likelihood": manifest.likelihood,
         "parameters": manifest.parameters,
         "bits_per_dim": manifest.bits_per_dim["test"],
-        "accuracy": float(accuracy[1]) if accuracy else None,
+        "accuracy": float(accuracy[1] or accuracy[2]) if accuracy else None,
         "minutes": minutes_of(card) or None,
         "images_per_second": images_per_second(bundle),
         "command": command[1] if command else "",
@@ -76,8 +76,11 @@ def rendered(rows: list[dict[str, Any]]) -> str:
 
 
 def data(row: dict[str, Any]) -> str:
-    """The data set, by the command that trains on it."""
-    return row["command"].split()[2].rstrip("/").rsplit("/", 1)[-1] if row["command"] else ""
+    """The data set, by the command that trains on it, or by the name of the density composed."""
+    words = row["command"].split()
+    if "compose" in words:
+        return Path(words[3]).name.rsplit("-", 1)[0]
+    return words[2].rstrip("/").rsplit("/", 1)[-1] if words else ""
 
 
 def line(row: dict[str, Any]) -> str:
@@ -86,6 +89,7 @@ def line(row: dict[str, Any]) -> str:
     if row["bits_per_dim"] is not None:
         found = f"{row['bits_per_dim']:.4f}"
         found += "" if row["likelihood"] == "exact" else f" ({row['likelihood']})"
+        found += f", accuracy {row['accuracy']:.4f}" if row["accuracy"] else ""
     else:
         found = f"accuracy {row['accuracy']:.4f}" if row["accuracy"] else "no density"
     minutes = "" if row["minutes"] is None else f"{row['minutes']:.1f} min"

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import csv
 import io
 import json
 import os
 
-import httpx
 import numpy as np
 import pytest
 import torch
+from daemons import serve
 from PIL import Image
 
 from anomalyd import Detector
@@ -20,10 +19,6 @@ from anomalyd.cli import main
 from anomalyd.detect.bundle import read_bundle
 from anomalyd.errors import SourceError, UsageError, WrongSize
 from anomalyd.images import ImageSpec
-from anomalyd.serve.app import create_app
-from anomalyd.serve.metrics import Metrics
-from anomalyd.serve.models import load_models
-from anomalyd.serve.settings import ServeSettings
 from anomalyd.sources import open_source
 from anomalyd.train import loop
 from anomalyd.train.commands import export, train
@@ -117,21 +112,11 @@ def test_python_batch_and_daemon_say_the_same(bundle, photographs, capsys):
     verdict = Detector.load(bundle, device="cpu").score(path)
     main(["score", str(bundle), str(path), "--format", "jsonl"])
     row = json.loads(capsys.readouterr().out)
-    models = load_models(ServeSettings(bundles=(str(bundle),), threads=1), Metrics())
-    models.ready = True
-
-    async def ask():
-        transport = httpx.ASGITransport(create_app(models, ServeSettings()))
-        async with httpx.AsyncClient(transport=transport, base_url="http://daemon") as client:
-            url = "/v1/score?heatmap=1&explain=1"
-            small = io.BytesIO()
-            Image.new("L", (23, 24)).save(small, "PNG")
-            return (
-                await client.post(url, content=path.read_bytes()),
-                await client.post(url, content=small.getvalue()),
-            )
-
-    answer, refused = asyncio.run(ask())
+    daemon, url = serve(bundle), "/v1/score?heatmap=1&explain=1"
+    small = io.BytesIO()
+    Image.new("L", (23, 24)).save(small, "PNG")
+    answer = daemon.score(path.read_bytes(), url)
+    refused = daemon.score(small.getvalue(), url)
     (result,) = answer.json()["results"]
     for name in ("score", "p_value", "bits_per_dim"):
         assert row[name] == pytest.approx(getattr(verdict, name))
@@ -140,7 +125,7 @@ def test_python_batch_and_daemon_say_the_same(bundle, photographs, capsys):
     with Image.open(picture) as drawn, Image.open(path) as native:
         assert drawn.size[1] % native.size[1] == 0
     assert refused.status_code == 422
-    models.close()
+    daemon.models.close()
 
 
 def test_splits_keep_objects_of_a_table_together(photographs, bundle):
