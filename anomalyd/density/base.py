@@ -169,7 +169,7 @@ class Density(Model):
             Hybrids of Generative and Discriminative Methods for Machine Learning (Lasserre,
             Bishop, Minka, 2006).
         """
-        own = self.losses(images, labels).mean()
+        own = self.noisy_losses(images, labels).mean()
         if labels is None or self.bayes is None:
             return own
         moved = jittered(images, self.bayes.shift, mirror=self.bayes.mirror)
@@ -177,6 +177,10 @@ class Density(Model):
         if self.bayes.log_priors is not None:
             joint = joint + torch.tensor(self.bayes.log_priors, device=joint.device)
         return own + self.bits_per_dim(-self.bayes.weight * F.cross_entropy(joint, labels))
+
+    def noisy_losses(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Return `losses` as training sees them, under fresh noise where there is any: (N,)."""
+        return self.losses(images, labels)
 
     def class_evidence(self, images: Tensor) -> Tensor:
         """Return log p(x|y), up to a term that all classes share, in nats: (N, K)."""

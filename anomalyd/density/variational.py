@@ -140,11 +140,16 @@ class Variational(Density):
         )
 
     def losses(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Return the negative bound of each image in bits/dim; in training under fresh noise."""
-        noise = self.noise[:, None, None]
-        if self.training:
-            samples = len(self.noise) if self.bound == "iwae" else 1
-            noise = torch.randn(samples, len(images), 1, self.latent, device=images.device)
+        """Return the negative bound of each image under the fixed bank, in bits/dim: (N,)."""
+        return self._losses(images, labels, self.noise[:, None, None])
+
+    def noisy_losses(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Return the same under fresh noise: (N,)."""
+        samples = len(self.noise) if self.bound == "iwae" else 1
+        noise = torch.randn(samples, len(images), 1, self.latent, device=images.device)
+        return self._losses(images, labels, noise)
+
+    def _losses(self, images: Tensor, labels: Tensor | None, noise: Tensor) -> Tensor:
         log_p = self.bounds(images, noise)
         if self.classes and labels is not None:
             log_p = log_p.gather(1, labels.unsqueeze(1))

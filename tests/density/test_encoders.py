@@ -13,6 +13,7 @@ from anomalyd.density.base import ImageShape, Model
 from anomalyd.density.classifier import Classifier
 from anomalyd.density.gated_pixelcnn import GatedPixelCNN
 from anomalyd.density.hvae import HVAE
+from anomalyd.density.jitter import jittered
 from anomalyd.density.vae import VAE
 from anomalyd.detect.runtime import Session
 from anomalyd.errors import TrainingError
@@ -129,15 +130,14 @@ def test_classifier_learns_from_labels_only():
 
 def test_augmentation_moves_and_mirrors_whole_images():
     """Training sees every image moved by up to `shift` pixels, its edge repeated, or mirrored."""
-    model = classifier(ImageShape(4, 5, 1), shift=1, mirror=True)
-    x = images(model.shape, 1)
+    x = images(ImageShape(4, 5, 1), 1)
     padded = torch.nn.functional.pad(
         x.permute(0, 3, 1, 2).float(), (1, 1, 1, 1), mode="replicate"
     )[0, 0].byte()
     possible = [padded[i : i + 4, j : j + 5] for i in range(3) for j in range(3)]
     possible += [window.flip(1) for window in possible]
 
-    seen = model._augmented(x.repeat(400, 1, 1, 1))[..., 0]
+    seen = jittered(x.repeat(400, 1, 1, 1), 1, mirror=True)[..., 0]
     places = [[torch.equal(image, window) for window in possible].index(True) for image in seen]
     assert len(set(places)) == len(possible)
 
