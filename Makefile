@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DATA ?= $(or $(ANOMALYD_DATA),../shared/data)
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
-PROOFS := tools triton kserve mlserver
+PROOFS := tools triton kserve mlserver s3
 PEERS := litserve mlserver bentoml
 SOAK_SECONDS ?= 3600
 BUNDLES := $(sort $(dir $(wildcard trained/*/manifest.json)))
@@ -27,6 +27,7 @@ lint: .venv/all
 # What clients, linters and servers that others made say of the daemon and of deploy/; as root.
 proofs: .venv/all debian $(PROOFS:%=.venv-proofs/%/installed)
 	$(BIN)/python -m pytest tests/interop/proof_*.py
+	$(BIN)/python -m pytest tests/cluster/proof_*.py
 
 # An hour of mixed traffic, reloads and restarts: make soak SOAK_SECONDS=600 for less.
 soak: .venv/all

@@ -136,8 +136,7 @@ def write_card(
         manifest: of the bundle.
         training: how it was trained.
         scores: calibration scores, ascending.
-        threshold: the smallest score that is an outlier at the default alpha; None where each
-            class has its own.
+        threshold: what a score must exceed to be an outlier at the default alpha; None: none can.
         strangest: held-out normals, strangest first.
     """
     spec, alpha = manifest.image, manifest.default_alpha

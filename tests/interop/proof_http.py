@@ -133,7 +133,7 @@ def test_page_in_a_browser(served, tmp_path, record_property):
     assert found["chosen"] == VAE
     boot, noisy = found["verdicts"]
     assert boot["text"].startswith("normal: p = 0.39")
-    assert noisy["text"].startswith("outlier: p = 0.0041")
+    assert noisy["text"].startswith("outlier: p = 0.0092")
     assert boot["pictures"] == noisy["pictures"] == 1
     assert found["errors"] == []
     assert {origin for origin in found["origins"] if origin} == {served.url}
