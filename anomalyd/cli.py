@@ -22,8 +22,6 @@ from anomalyd.errors import AnomalydError, BundleError, MissingExtra, UsageError
 if TYPE_CHECKING:
     from types import ModuleType
 
-    from anomalyd.detect.classification import Classification
-    from anomalyd.detect.evaluate import Evaluated
 
 __all__ = ["main"]
 
@@ -241,6 +239,7 @@ def calibrate(
     """Redo the promise of BUNDLE on the normal images in DATA, which training has not seen."""
     from anomalyd.detect.bundle import read_bundle
     from anomalyd.detect.calibrate import calibrate as run
+    from anomalyd.detect.terminal import promise
     from anomalyd.sources import open_source
 
     if group is not None and not refit:
@@ -263,7 +262,7 @@ def calibrate(
         _say(f"{done.repeated} images are copies of others; copies make the promise less sure")
     if done.fitted:
         _say(f"fitted on {done.fitted} images")
-    _say(f"calibrated {bundle} on {done.n} images: {_promise(done.confidence)}")
+    _say(f"calibrated {bundle} on {done.n} images: {promise(done.confidence)}")
     _say(f"default alpha {done.default_alpha:g}, smallest {done.smallest_alpha:.3g}")
     return UNREADABLE if done.unreadable else 0
 
@@ -342,6 +341,7 @@ def evaluate(
     from anomalyd.detect.evaluate import Baseline
     from anomalyd.detect.evaluate import evaluate as run
     from anomalyd.detect.report import check_report, write_report
+    from anomalyd.detect.terminal import print_evaluation
     from anomalyd.sources import open_evaluation, open_source
 
     if report is not None:
@@ -392,7 +392,7 @@ def evaluate(
     if kind == "json":
         _print_json(result.to_dict())
     else:
-        _print_evaluation(result)
+        print_evaluation(result)
     return UNREADABLE if result.unreadable else 0
 
 
@@ -718,13 +718,14 @@ def bundles() -> None:
 def inspect(bundles: tuple[Path, ...], kind: str) -> None:
     """Say what each BUNDLE is, what it promises and what it holds."""
     from anomalyd.detect.bundle import read_bundle
+    from anomalyd.detect.terminal import description
 
     for number, path in enumerate(bundles):
         content = read_bundle(path)
         if kind == "json":
             _print_json(content.manifest)
         else:
-            click.echo(("\n" if number else "") + _description(content))
+            click.echo(("\n" if number else "") + description(content))
 
 
 @bundles.command()
@@ -920,204 +921,3 @@ def _print_json(value: object) -> None:
     import msgspec
 
     click.echo(msgspec.json.encode(value))
-
-
-def _promise(confidence: float | None) -> str:
-    if confidence is None:
-        return "false alarms at most alpha on average over calibration sets"
-    return f"false alarms at most alpha with {confidence:.4g} confidence over the calibration set"
-
-
-def _print_evaluation(result: Evaluated) -> None:
-    from rich.console import Console
-
-    # Piped, a table is as wide as it needs; on a terminal it folds.
-    width = None if sys.stdout.isatty() else 10_000
-    console = Console(highlight=False, markup=False, emoji=False, width=width)
-    level = result.level
-    low, high = level.band
-    console.print(
-        f"{result.bundle}: {result.bits_per_dim:.4f} bits/dim ({result.likelihood}) "
-        f"on {len(result.normal):,} normal images"
-    )
-    console.print(
-        f"false alarms {level.observed:.4f} at alpha {level.alpha:g}; "
-        f"99.9 % of such runs fall in [{low:.4f}, {high:.4f}]"
-    )
-    if result.classification is not None:
-        _print_classification(console, result.classification)
-    if not result.outliers:
-        return
-    console.print(_table(*_verdict_rows(result)))
-    if len(result.normal.scores) > 1:
-        console.print()
-        console.print(_table(*_score_rows(result)))
-    console.print()
-    console.print(_table(*_batch_rows(result)))
-
-
-def _print_classification(console: Any, found: Classification) -> None:
-    console.print(
-        f"accepted {found.accepted:.4f} of the normal images, {found.accepted_accuracy:.4f} of "
-        f"them rightly labelled; mean set size {found.set_size:.3f} at label alpha "
-        f"{found.label_alpha:g}"
-    )
-    rows = [("bundle", found.labels)]
-    if found.baseline is not None:
-        rows.append((str(found.baseline_name), found.baseline))
-    headings = ["labels", "accuracy", "NLL", "ECE", "AURC", "AUGRC", "coverage at 1 % risk"]
-    mixed = list(found.labels.mixed)
-    headings += [f"AURC with {name}" for name in mixed]
-    console.print(
-        _table(
-            headings,
-            [
-                [
-                    name,
-                    f"{each.accuracy:.4f}",
-                    f"{each.nll:.4f}",
-                    f"{each.ece:.4f}",
-                    f"{each.aurc:.5f}",
-                    f"{each.augrc:.5f}",
-                    f"{each.coverage_at_1pct_risk:.4f}",
-                    *(f"{each.mixed[other][0]:.4f}" for other in mixed),
-                ]
-                for name, each in rows
-            ],
-        )
-    )
-    console.print()
-    console.print(
-        _table(
-            ["rejected", "novel", "ambiguous", "either"],
-            [
-                [name, f"{each.novel:.4f}", f"{each.ambiguous:.4f}", f"{each.rejected:.4f}"]
-                for name, each in {"normal": found.normal, **found.outliers}.items()
-            ],
-        )
-    )
-    console.print()
-    console.print(
-        _table(
-            ["class", "images", "accuracy", "coverage", "called novel", "at most"],
-            [
-                [
-                    name,
-                    f"{each.n:,}",
-                    f"{each.accuracy:.4f}",
-                    f"{each.coverage:.4f}",
-                    f"{each.novel:.4f}",
-                    f"{each.at_most:.4f}",
-                ]
-                for name, each in found.classes.items()
-            ],
-        )
-    )
-    console.print()
-
-
-def _verdict_rows(result: Evaluated) -> tuple[list[str], list[list[str]]]:
-    """One row a set: what verdicts rest on."""
-    level = result.level
-    headings = ["outliers", "images", "AUROC", "95 %", "AUPR", "base rate", "FPR95"]
-    headings += [f"caught at {level.alpha:g}", "95 %"]
-    if result.localisation:
-        headings += ["pixel AUROC", "AUPRO"]
-    rows = []
-    for name, found in result.outliers.items():
-        verdict, recall = found.verdict, level.recall[name]
-        row = [name, f"{found.n:,}", f"{verdict.auroc:.4f}", _interval(verdict.auroc_ci95)]
-        row += [f"{verdict.aupr:.4f}", f"{found.base_rate:.3g}", f"{verdict.fpr95:.4f}"]
-        row += [f"{recall.value:.4f}", _interval(recall.ci95)]
-        if result.localisation:
-            where = found.localisation
-            row += [f"{where.pixel_auroc:.4f}", f"{where.aupro:.4f}"] if where else ["", ""]
-        rows.append(row)
-    return headings, rows
-
-
-def _score_rows(result: Evaluated) -> tuple[list[str], list[list[str]]]:
-    """One row a score: its AUROC on each set."""
-    rows = [
-        [score, *(f"{found.scores[score].auroc:.4f}" for found in result.outliers.values())]
-        for score in result.normal.scores
-    ]
-    return ["AUROC by score", *result.outliers], rows
-
-
-def _batch_rows(result: Evaluated) -> tuple[list[str], list[list[str]]]:
-    """One row a set: what was flagged in batches with its outliers."""
-    headings = [f"flagged by --fdr {result.fdr:g}", "batch", "outliers in it"]
-    headings += ["false flags, mean", "standard error", "caught"]
-    rows = []
-    for name, found in result.outliers.items():
-        batches = found.discoveries
-        row = [name, f"{batches.batch:,}", f"{batches.outliers:,}", f"{batches.mean_fdp:.4f}"]
-        rows.append([*row, f"{batches.standard_error:.4f}", f"{batches.power:.4f}"])
-    return headings, rows
-
-
-def _interval(ends: tuple[float, float]) -> str:
-    return f"{ends[0]:.3f} - {ends[1]:.3f}"
-
-
-def _table(headings: list[str], rows: list[list[str]]) -> Any:
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=None, pad_edge=False)
-    for number, heading in enumerate(headings):
-        table.add_column(Text(heading), justify="right" if number else "left")
-    for row in rows:
-        table.add_row(*map(Text, row))
-    return table
-
-
-def _description(content: Any) -> str:
-    manifest = content.manifest
-    image = manifest.image
-    lines = {
-        "path": content.path,
-        "kind": f"{manifest.kind}, {manifest.parameters:,} parameters",
-        "images": f"{image.width}x{image.height}x{image.channels}, {image.levels} levels; "
-        f"another shape: {image.on_mismatch}",
-        "outputs": ", ".join(manifest.outputs),
-        **(_density_lines(content) if manifest.kind == "density" else _other_lines(content)),
-        "created": manifest.created,
-        "licence": manifest.licence,
-        "files": ", ".join(
-            f"{name} {_size(entry['bytes'])}" for name, entry in sorted(manifest.files.items())
-        ),
-    }
-    if manifest.classes:
-        lines["classes"] = ", ".join(manifest.classes)
-    title = f"{manifest.name} {manifest.version}"
-    return "\n".join([title, *(f"  {key:<11}{value}" for key, value in lines.items())])
-
-
-def _density_lines(content: Any) -> dict[str, str]:
-    manifest = content.manifest
-    bits = ", ".join(
-        f"{value:.4f} on {name}" for name, value in manifest.bits_per_dim.items() if value
-    )
-    return {
-        "likelihood": manifest.likelihood,
-        "bits/dim": bits or "not measured",
-        "score": manifest.score_name,
-        "alpha": f"{manifest.default_alpha:g} by default, {content.calibration.p_table[0]:.3g} "
-        f"at the smallest ({manifest.calibration_n:,} calibration images)",
-        "guarantee": _promise(manifest.guarantee["confidence"])
-        + ", if live normal images are exchangeable with the calibration images",
-    }
-
-
-def _other_lines(content: Any) -> dict[str, str]:
-    seen, held_out = content.calibration.training_hashes, content.calibration.calibration_hashes
-    return {
-        "for": "anomalyd embed, anomalyd train --init; it has no density to score by",
-        "seen": f"{len(seen):,} images in training, {len(held_out):,} held out",
-    }
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"
