@@ -865,20 +865,9 @@ def _named(outliers: tuple[str, ...]) -> dict[str, str]:
 
 
 def _priors(given: tuple[str, ...]) -> dict[str, float]:
-    priors: dict[str, float] = {}
-    for text in given:
-        # A class may have = in its name, a number has none.
-        name, equals, number = text.rpartition("=")
-        try:
-            value = float(number)
-        except ValueError:
-            value = None
-        if not (name and equals) or value is None:
-            raise UsageError(f"--prior {text}: say NAME=P, as in sandal=0.2")
-        if name in priors:
-            raise UsageError(f"--prior {name}: given twice")
-        priors[name] = value
-    return priors
+    from anomalyd.detect.bayes import named_priors
+
+    return named_priors(given)
 
 
 def _fail(message: str, code: int) -> int:

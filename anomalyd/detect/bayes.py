@@ -19,7 +19,7 @@ References:
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -46,6 +46,7 @@ __all__ = [
     "fit_temperature",
     "label",
     "log_posterior",
+    "named_priors",
 ]
 
 DEFAULT_LABEL_ALPHA = 0.1
@@ -73,7 +74,7 @@ class Labelling:
     def __post_init__(self) -> None:
         for name, value in (("label-alpha", self.label_alpha), ("reject-cost", self.reject_cost)):
             if value is not None and not 0 < value < 1:
-                raise UsageError(f"--{name} must lie between 0 and 1, not {value:g}; try 0.1")
+                raise UsageError(f"{name} must lie between 0 and 1, not {value:g}; try 0.1")
 
 
 @dataclass(frozen=True, eq=False)
@@ -239,6 +240,28 @@ def confidence(probability: Floats, p_value: Floats) -> Floats:
     return trust
 
 
+def named_priors(texts: Iterable[str]) -> dict[str, float]:
+    """Class -> probability, of texts like `sandal=0.2`.
+
+    Raises:
+        UsageError: another form, or a class that is named twice.
+    """
+    priors: dict[str, float] = {}
+    for text in texts:
+        # A class may have = in its name, a number has none.
+        name, equals, number = text.rpartition("=")
+        try:
+            value = float(number)
+        except ValueError:
+            value = None
+        if not (name and equals) or value is None:
+            raise UsageError(f"prior {text}: say NAME=P, as in sandal=0.2")
+        if name in priors:
+            raise UsageError(f"prior {name}: given twice")
+        priors[name] = value
+    return priors
+
+
 def check_priors(given: Mapping[str, float], classes: Sequence[str]) -> tuple[float, ...]:
     """Priors in the order of the classes.
 
@@ -252,14 +275,14 @@ def check_priors(given: Mapping[str, float], classes: Sequence[str]) -> tuple[fl
     """
     for name in given:
         if name not in classes:
-            raise UsageError(f"--prior {name}: no such class; there are {', '.join(classes)}")
+            raise UsageError(f"prior {name}: no such class; there are {', '.join(classes)}")
     missing = [name for name in classes if name not in given]
     if missing:
-        raise UsageError(f"--prior: none for {', '.join(missing)}; give one for every class")
+        raise UsageError(f"prior: none for {', '.join(missing)}; give one for every class")
     for name, value in given.items():
         if not 0 < value < 1:
-            raise UsageError(f"--prior {name}={value:g} must lie between 0 and 1")
+            raise UsageError(f"prior {name}={value:g} must lie between 0 and 1")
     total = math.fsum(given.values())
     if abs(total - 1) > 1e-6:
-        raise UsageError(f"--prior: the priors sum to {total:g}; they must sum to 1")
+        raise UsageError(f"prior: the priors sum to {total:g}; they must sum to 1")
     return tuple(given[name] / total for name in classes)

@@ -258,7 +258,7 @@ class Detector:
             for name, value in given.items():
                 if value is not None:
                     raise UsageError(
-                        f"--{name}: bundle {self.path} gives no labels; train one with --labels"
+                        f"{name}: bundle {self.path} gives no labels; train one with --labels"
                     )
         return Labelling(
             bayes.DEFAULT_LABEL_ALPHA if label_alpha is None else label_alpha,

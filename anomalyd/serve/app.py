@@ -26,6 +26,7 @@ from starlette.responses import Response
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from anomalyd.detect.bayes import named_priors
 from anomalyd.errors import ImageError
 from anomalyd.serve.access import ADMIN, SCORE, Access
 from anomalyd.serve.body import Bodies, boundary_of, header, split_multipart
@@ -46,6 +47,7 @@ CLIENT_GONE = 499  # counted, never sent
 # Asked by orchestrators and browsers, which have no token; they tell nothing of the models.
 OPEN = {"/livez", "/readyz", "/startupz", "/v2/health/live", "/v2/health/ready", "/"}
 ADMINISTRATION = ("/v2/repository/models/",)
+NUMBERS, SWITCHES, PRIOR = ("alpha", "label_alpha", "reject_cost"), ("heatmap", "explain"), "prior"
 TRUTHS = {"1": True, "true": True, "0": False, "false": False}
 PAGE_POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
@@ -153,24 +155,32 @@ class Score:
 
 
 def parse_query(query: bytes, model: Model) -> Asked:
-    """The parameters `alpha`, `heatmap` and `explain`.
+    """What a query asks of every image; `prior` may come several times, the others once.
 
     Raises:
         Problem: 400 an unknown or repeated parameter, a bad value, no map in this bundle.
         AlphaUnreachable: an alpha that the calibration set is too small for.
+        UsageError: a level out of range, or of labels where the bundle gives none.
     """
     if not query:
         return Asked(model.detector.alpha(None))
     pairs = parse_qsl(query.decode("latin-1"), keep_blank_values=True)
+    priors = [value for name, value in pairs if name == PRIOR]
+    pairs = [pair for pair in pairs if pair[0] != PRIOR]
     given = dict(pairs)
     for name in given:
-        if name not in ("alpha", "heatmap", "explain"):
-            detail = f"unknown parameter {name[:40]!r}; there are alpha, heatmap, explain"
+        if name not in (*NUMBERS, *SWITCHES):
+            there = ", ".join((*NUMBERS, PRIOR, *SWITCHES))
+            detail = f"unknown parameter {name[:40]!r}; there are {there}"
             raise Problem(400, "parameter", detail)
     if len(given) < len(pairs):
         raise Problem(400, "parameter", "a parameter is given twice; give each once")
+    alpha, label_alpha, reject_cost = (
+        _number(name, given[name]) if name in given else None for name in NUMBERS
+    )
     asked = Asked(
-        model.detector.alpha(_number("alpha", given["alpha"]) if "alpha" in given else None),
+        model.detector.alpha(alpha),
+        model.detector.labelling(label_alpha, reject_cost, named_priors(priors)),
         _truth("heatmap", given.get("heatmap", "0")),
         _truth("explain", given.get("explain", "0")),
     )

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from anomalyd.detect.detector import Detector, Verdict
+from anomalyd.detect.bayes import Labelling
+from anomalyd.detect.detector import DEFAULT, Detector, Verdict
 from anomalyd.detect.runtime import Raw
 from anomalyd.errors import UsageError
 from anomalyd.serve.batcher import Batcher
@@ -36,6 +37,7 @@ class Job(NamedTuple):
 
     pixels: NDArray[np.uint8]
     alpha: float
+    labelling: Labelling = DEFAULT
     nll_map: bool = False
 
 
@@ -316,8 +318,11 @@ def _announce(model: Model, metrics: Metrics) -> None:
 def _score(detector: Detector, jobs: list[Job]) -> list[Scored]:
     images = [job.pixels for job in jobs]
     raw = detector.run(images, nll_map=any(job.nll_map for job in jobs))
-    judged = {alpha: detector.judge(raw, alpha) for alpha in {job.alpha for job in jobs}}
-    return [Scored(judged[job.alpha][row], raw, row) for row, job in enumerate(jobs)]
+    asked = {(job.alpha, job.labelling) for job in jobs}
+    judged = {each: detector.judge(raw, *each) for each in asked}
+    return [
+        Scored(judged[job.alpha, job.labelling][row], raw, row) for row, job in enumerate(jobs)
+    ]
 
 
 def _size(job: Job) -> int:

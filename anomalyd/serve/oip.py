@@ -56,6 +56,7 @@ NESTED: dict[int, Any] = {1: list[Byte], 4: list[list[list[list[Byte]]]]}
 OPENING = re.compile(rb"[\s\[]*")
 # Every sequence, priority and trace parameter of other servers is accepted and means nothing here.
 ALPHA, HEATMAP, TIMEOUT = "alpha", "heatmap", "timeout"
+LABEL_ALPHA, REJECT_COST = "label_alpha", "reject_cost"
 CLASSES = ("label", "posterior", "reason")
 LARGEST = float(np.finfo(np.float32).max)
 
@@ -175,6 +176,7 @@ def prepare(
     Raises:
         Problem: 400 an unknown output, one named twice, a parameter of a wrong type, no map.
         AlphaUnreachable: an alpha that the calibration set is too small for.
+        UsageError: a level out of range, or of labels where the bundle gives none.
     """
     there = [name for name, _, _ in _there(model)]
     if wanted is None:
@@ -189,10 +191,13 @@ def prepare(
                 raise _bad(f"no output {name[:40]!r}; there are {', '.join(there)}")
         if len(set(names)) < len(names):
             raise _bad("an output is asked for twice; ask for each once")
-    alpha = _typed(parameters, ALPHA, float, "a number")
+    alpha, label_alpha, reject_cost = (
+        _typed(parameters, name, float, "a number") for name in (ALPHA, LABEL_ALPHA, REJECT_COST)
+    )
     timeout = _typed(parameters, TIMEOUT, int, "a whole number of microseconds")
     asked = Asked(
         model.detector.alpha(alpha),
+        model.detector.labelling(label_alpha, reject_cost),
         heatmap="heatmap" in names,
         timeout=timeout / 1e6 if timeout and timeout > 0 else None,
     )

@@ -6,6 +6,7 @@ from typing import Any
 
 from anomalyd.serve.openapi_v2 import PATHS as V2_PATHS
 from anomalyd.serve.openapi_v2 import SCHEMAS as V2_SCHEMAS
+from anomalyd.serve.openapi_v2 import SHARE
 
 __all__ = ["OPENAPI"]
 
@@ -36,7 +37,25 @@ PARAMETERS = [
         "name": "alpha",
         "in": "query",
         "description": "rate of false alarms to decide at; the bundle's default otherwise",
-        "schema": {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1},
+        "schema": SHARE,
+    },
+    {
+        "name": "label_alpha",
+        "in": "query",
+        "description": "share of images whose credible labels may lack the true one; or 0.1",
+        "schema": SHARE,
+    },
+    {
+        "name": "reject_cost",
+        "in": "query",
+        "description": "give a label only where its expected cost, 1 if wrong, is at most this",
+        "schema": SHARE,
+    },
+    {
+        "name": "prior",
+        "in": "query",
+        "description": "NAME=P, the probability of a class where the images come from; give all",
+        "schema": {"type": "array", "items": {"type": "string"}},
     },
     {
         "name": "heatmap",
@@ -80,7 +99,7 @@ SCORE = {
         "200": _answer("one result an image, in order", _ref("Scores")),
         "401": _problem("no token, or an unknown one, where the daemon wants one"),
         "403": _problem("a token without the scope score"),
-        "400": _problem("empty body, bad parameter, unreachable alpha, no map, no default model"),
+        "400": _problem("empty body, bad parameter, no map, no labels, no default model"),
         "404": _problem("unknown model"),
         "408": _problem("the body arrived too slowly"),
         "413": _problem("too many bytes, pixels or images"),
@@ -140,7 +159,7 @@ SCHEMAS: dict[str, Any] = {
             "score": {"type": "number", "description": "the verdict rests on it"},
             "score_name": {"type": "string"},
             "p_value": {"type": "number", "exclusiveMinimum": 0, "maximum": 1},
-            "alpha": {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1},
+            "alpha": SHARE,
             "outlier": {"type": "boolean", "description": "p_value <= alpha"},
             "label": {"type": ["string", "null"]},
             "posterior": {"type": "object", "additionalProperties": NUMBER},

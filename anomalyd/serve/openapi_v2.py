@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["PATHS", "SCHEMAS"]
+__all__ = ["PATHS", "SCHEMAS", "SHARE"]
 
 TEXT = {"type": "string"}
 COUNT = {"type": "integer", "minimum": 0}
+SHARE = {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1}
 
 
 def _ref(name: str) -> dict[str, Any]:
@@ -84,7 +85,7 @@ def _described(*, versioned: bool) -> dict[str, Any]:
                 },
             },
             **_errors(
-                s400="not JSON, or not of the protocol; unreachable alpha; no map; empty image",
+                s400="not JSON, or not of the protocol; a bad parameter; no map; empty image",
                 s404="unknown model or version",
                 s408="the body arrived too slowly",
                 s413="too many bytes, pixels or images",
@@ -264,7 +265,9 @@ SCHEMAS: dict[str, Any] = {
         parameters={
             **PARAMETERS,
             "properties": {
-                "alpha": {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1},
+                "alpha": SHARE,
+                "label_alpha": SHARE,
+                "reject_cost": SHARE,
                 "heatmap": {"type": "boolean"},
                 "timeout": {"type": "integer", "description": "longest wait, microseconds"},
                 "binary_data_output": {"type": "boolean"},

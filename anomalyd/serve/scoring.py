@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 
+from anomalyd.detect.bayes import Labelling
+from anomalyd.detect.detector import DEFAULT
 from anomalyd.detect.heatmap import heatmap_png
 from anomalyd.detect.runtime import available_cpus
 from anomalyd.errors import ImageError, TooManyPixels
@@ -41,12 +43,14 @@ class Asked(NamedTuple):
 
     Attributes:
         alpha: rate of false alarms to decide at, from `Detector.alpha`.
+        labelling: how labels are given, from `Detector.labelling`.
         heatmap: the per-pixel map, too.
         explain: each statistic with its unadjusted p-value, too.
         timeout: longest wait in the queue, seconds; None takes the daemon's.
     """
 
     alpha: float
+    labelling: Labelling = DEFAULT
     heatmap: bool = False
     explain: bool = False
     timeout: float | None = None
@@ -115,7 +119,7 @@ class Scorer:
         if not pixels:
             return []
         batcher = model.batcher
-        jobs = [Job(image, asked.alpha, asked.heatmap) for image in pixels]
+        jobs = [Job(image, asked.alpha, asked.labelling, asked.heatmap) for image in pixels]
         # Only a client that has to wait is worth watching: most are answered at once.
         watched = batcher.backlogged
         futures = batcher.submit_all(jobs, asked.timeout)

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from daemons import check_problem, encoded, serve
 
 from anomalyd.cli import main
 from anomalyd.detect.bundle import read_bundle, write_bundle
@@ -235,3 +236,56 @@ def test_a_bundle_without_labels_refuses_to_give_any(parts, capsys):
     arguments = ["score", str(parts[1]), "tests/fixtures/images/boot.png", "--label-alpha", "0.1"]
     assert main(arguments) == 2
     assert "gives no labels" in capsys.readouterr().err
+
+
+def test_the_daemon_gives_the_labels_that_python_gives(bayes, images):
+    """Level, cost and priors in the query, or level and cost as parameters, mean the same."""
+    detector = Detector.load(bayes, threads=1)
+    daemon = serve(bayes)
+    priors = dict.fromkeys(CLASSES, 0.02) | {"3": 0.82}
+    wishes = {"priors": priors, "reject_cost": 0.5, "alpha": 0.2}
+    query = [("prior", f"{name}={p}") for name, p in priors.items()]
+    query += [("reject_cost", "0.5"), ("alpha", "0.2")]
+    for pixels in images:
+        answer = daemon.score(encoded(pixels), params=query).json()["results"][0]
+        assert answer == {"index": 0, **detector.score(pixels, **wishes).to_dict()}
+
+    call = {
+        "parameters": {"label_alpha": 0.8},
+        "inputs": [
+            {
+                "name": "pixels",
+                "shape": list(images.shape),
+                "datatype": "UINT8",
+                "data": images.ravel().tolist(),
+            }
+        ],
+    }
+    found = daemon.ask("POST", "/v2/models/my-vae/infer", json=call).json()["outputs"]
+    given = {output["name"]: output["data"] for output in found}
+    asked = detector.score(images, label_alpha=0.8)
+    assert given["label"] == [verdict.label or "" for verdict in asked]
+    assert given["reason"] == [verdict.reason or "" for verdict in asked]
+    assert asked != detector.score(images)
+
+
+@pytest.mark.parametrize(
+    ("query", "says"),
+    [
+        ("label_alpha=2", "between 0 and 1"),
+        ("reject_cost=x", "must be a number"),
+        ("prior=3=0.5", "none for 0"),
+        ("prior=three", "say NAME=P"),
+        ("label=3", "there are alpha, label_alpha, reject_cost, prior, heatmap, explain"),
+    ],
+)
+def test_the_daemon_refuses_impossible_wishes(bayes, images, query, says):
+    answer = serve(bayes).score(encoded(images[0]), path=f"/v1/score?{query}")
+    check_problem(answer, 400)
+    assert says in answer.json()["detail"]
+
+
+def test_the_daemon_gives_no_labels_where_the_bundle_has_none(parts, images):
+    answer = serve(parts[1]).score(encoded(images[0]), path="/v1/score?label_alpha=0.1")
+    check_problem(answer, 400)
+    assert "gives no labels" in answer.json()["detail"]
