@@ -538,8 +538,6 @@ def _score_on_ray(
     require()
     detector = Detector.load(bundle, device="cpu")
     asked = detector.labelling(*wishes) if detector.labels or any(wishes) else None
-    if asked is not None and fdr is not None:
-        raise UsageError("--fdr: labels at a false discovery rate are given by the local engine")
     scoring = Scoring(detector.alpha(alpha), asked, fdr=fdr, explain=explain)
     digest = hashlib.sha256(dump_manifest(detector.manifest)).hexdigest()
     named = listed(paths)

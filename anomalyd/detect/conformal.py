@@ -222,28 +222,28 @@ def benjamini_hochberg(p: ArrayLike) -> Floats:
     return q
 
 
-def ranks(p: ArrayLike, table: Floats) -> NDArray[np.intp]:
-    """Which entry of the table each p-value is: int (N,)."""
-    return np.searchsorted(table, np.asarray(p, np.float64))
+def ranks(p: ArrayLike, levels: Floats) -> NDArray[np.intp]:
+    """Which of the levels, ascending, each p-value is: int (N,)."""
+    return np.searchsorted(levels, np.asarray(p, np.float64))
 
 
-def q_table(counts: NDArray[np.int64], table: Floats) -> Floats:
+def q_table(counts: NDArray[np.int64], levels: Floats) -> Floats:
     """The q-value of each rank, as `benjamini_hochberg` gives it, from a histogram of p-values.
 
-    There are n + 1 possible p-values, however many images: nothing is sorted, and memory does not
-    grow with the batch.
+    There are n + 1 possible p-values, or a few more where each class has its own, however many
+    images: nothing is sorted, and memory does not grow with the batch.
 
     Args:
-        counts: int64 (n + 1,), how many p-values are each entry of the table.
-        table: float64 (n + 1,), as `p_table` makes it.
+        counts: int64 (L,), how many p-values are at each level.
+        levels: float64 (L,), ascending: the possible p-values.
 
     Returns:
-        float64 (n + 1,); an entry that no p-value takes has the q-value of the next that one does.
+        float64 (L,); a level that no p-value takes has the q-value of the next that one does.
     """
     below = np.cumsum(counts)
-    scaled = np.ones_like(table)
+    scaled = np.ones_like(levels)
     there = counts > 0
-    scaled[there] = table[there] * below[-1] / below[there]
+    scaled[there] = levels[there] * below[-1] / below[there]
     return np.minimum(np.minimum.accumulate(scaled[::-1])[::-1], 1.0)
 
 

@@ -134,7 +134,7 @@ def score_to_stream(
     summary = Summary()
     rows = score_rows(detector, source, scoring, summary, progress=progress)
     if scoring.fdr is not None:
-        rows = _after_the_last(rows, scoring.fdr, detector.calibration.p_table)
+        rows = _after_the_last(rows, scoring.fdr, detector.calibration.levels)
     for slab in rows:
         summary.add(slab)
         writer.write(slab)
@@ -177,7 +177,7 @@ def score_to_file(
         first = journal.count
         for rows in score_rows(detector, items, scoring, summary, first=first, progress=progress):
             journal.write(rows)
-        final = _final(journal, scoring.fdr, detector.calibration.p_table)
+        final = _final(journal, scoring.fdr, detector.calibration.levels)
         journal.finish(kind, scoring.columns, _counted(final, summary))
     return summary
 
@@ -257,7 +257,7 @@ def _slab_rows(detector: Detector, slab: Slab, scoring: Scoring) -> list[Row]:
     return rows
 
 
-def _after_the_last(slabs: Iterable[list[Row]], fdr: float, table: Floats) -> Iterator[list[Row]]:
+def _after_the_last(slabs: Iterable[list[Row]], fdr: float, levels: Floats) -> Iterator[list[Row]]:
     """The same rows with q-values, which need every p-value: they wait on disk meanwhile."""
     with (
         tempfile.TemporaryDirectory(prefix="anomalyd-") as folder,
@@ -265,15 +265,15 @@ def _after_the_last(slabs: Iterable[list[Row]], fdr: float, table: Floats) -> It
     ):
         for slab in slabs:
             journal.write(slab)
-        decided = _final(journal, fdr, table)
+        decided = _final(journal, fdr, levels)
         while chunk := list(islice(decided, ROWS_AT_A_TIME)):
             yield chunk
 
 
-def _decided(rows: Iterable[Row], table: Floats, q_table: Floats, fdr: float) -> Iterator[Row]:
+def _decided(rows: Iterable[Row], levels: Floats, q_table: Floats, fdr: float) -> Iterator[Row]:
     for row in rows:
         if "error" not in row:
-            q_value = float(q_table[conformal.ranks(row["p_value"], table)])
+            q_value = float(q_table[conformal.ranks(row["p_value"], levels)])
             row["outlier"] = q_value <= fdr
             row["q_value"] = q_value
             if row["outlier"] and "label" in row:
@@ -281,14 +281,14 @@ def _decided(rows: Iterable[Row], table: Floats, q_table: Floats, fdr: float) ->
         yield row
 
 
-def _final(journal: Journal, fdr: float | None, table: Floats) -> Iterator[Row]:
+def _final(journal: Journal, fdr: float | None, levels: Floats) -> Iterator[Row]:
     if fdr is None:
         return journal.rows()
-    counts = np.zeros(len(table), np.int64)
+    counts = np.zeros(len(levels), np.int64)
     for row in journal.rows():
         if "error" not in row:
-            counts[conformal.ranks(row["p_value"], table)] += 1
-    return _decided(journal.rows(), table, conformal.q_table(counts, table), fdr)
+            counts[conformal.ranks(row["p_value"], levels)] += 1
+    return _decided(journal.rows(), levels, conformal.q_table(counts, levels), fdr)
 
 
 def _counted(rows: Iterable[Row], summary: Summary) -> Iterator[Row]:

@@ -112,6 +112,16 @@ class Calibration:
         tables = np.split(self.p_table, ends + np.arange(1, len(ends) + 1))
         return list(zip(np.split(self.scores, ends), tables, strict=True))
 
+    @property
+    def levels(self) -> NDArray[np.float64]:
+        """Every p-value that an image can have, ascending."""
+        return np.unique(self.p_table)
+
+    @property
+    def smallest(self) -> float:
+        """The smallest p-value that every class can give."""
+        return max(float(table[0]) for _, table in self.per_class())
+
     @staticmethod
     def by_nll(
         nll: NDArray[np.float64],

@@ -197,7 +197,7 @@ def _density_lines(content: Bundle) -> dict[str, str]:
         "likelihood": manifest.likelihood,
         "bits/dim": bits or "not measured",
         "score": manifest.score_name,
-        "alpha": f"{manifest.default_alpha:g} by default, {content.calibration.p_table[0]:.3g} "
+        "alpha": f"{manifest.default_alpha:g} by default, {content.calibration.smallest:.3g} "
         f"at the smallest ({manifest.calibration_n:,} calibration images)",
         "guarantee": promise(manifest.guarantee["confidence"])
         + ", if live normal images are exchangeable with the calibration images",

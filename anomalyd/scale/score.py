@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from anomalyd.detect import conformal
+from anomalyd.detect.bayes import NOVEL
 from anomalyd.detect.bundle import MANIFEST as BUNDLE_MANIFEST
 from anomalyd.detect.detector import Detector
 from anomalyd.detect.output import Row, make_writer
@@ -187,7 +188,7 @@ class _Work:
     @property
     def scoring(self) -> Scoring:
         asked = self.question
-        return Scoring(asked.alpha, asked.labelling, explain=asked.explain)
+        return Scoring(asked.alpha, asked.labelling, asked.fdr, asked.explain)
 
 
 class _Actor:
@@ -234,7 +235,7 @@ class _Scorer(_Actor):
         if self._failed:
             raise AnomalydError(self._failed)
         name = self._work.folder + part_name(order.part.number)
-        if order.there and (known := _counts(self._work, name, self._table)) is not None:
+        if order.there and (known := _counts(self._work, name, self._levels)) is not None:
             return known
         scoring, summary, tally = self._work.scoring, Summary(), Tally(began=time.time())
         buffer = io.BytesIO()
@@ -259,20 +260,20 @@ class _Scorer(_Actor):
     def _count(self, tally: Tally, rows: list[Row]) -> None:
         if self._work.question.fdr is not None:
             p_values = [row["p_value"] for row in rows if "error" not in row]
-            _add_ranks(tally, p_values, self._table)
+            _add_ranks(tally, p_values, self._levels)
 
     @property
-    def _table(self) -> NDArray[np.float64]:
-        return self._detector.calibration.p_table
+    def _levels(self) -> NDArray[np.float64]:
+        return self._detector.calibration.levels
 
 
-def _add_ranks(tally: Tally, p_values: Any, table: NDArray[np.float64]) -> None:
-    ranks, counts = np.unique(conformal.ranks(p_values, table), return_counts=True)
+def _add_ranks(tally: Tally, p_values: Any, levels: NDArray[np.float64]) -> None:
+    ranks, counts = np.unique(conformal.ranks(p_values, levels), return_counts=True)
     for rank, count in zip(ranks.tolist(), counts.tolist(), strict=True):
         tally.ranks[rank] = tally.ranks.get(rank, 0) + count
 
 
-def _counts(work: _Work, name: str, table: NDArray[np.float64]) -> Tally | None:
+def _counts(work: _Work, name: str, levels: NDArray[np.float64]) -> Tally | None:
     """The counts of a part that was written before; None where it is not whole."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -288,7 +289,7 @@ def _counts(work: _Work, name: str, table: NDArray[np.float64]) -> Tally | None:
     outliers = np.asarray(found["outlier"].fill_null(False))
     tally = Tally(len(found), int(outliers.sum()), len(found) - found["error"].null_count)
     if work.question.fdr is not None:
-        _add_ranks(tally, np.asarray(found["p_value"].drop_null()), table)
+        _add_ranks(tally, np.asarray(found["p_value"].drop_null()), levels)
     return tally
 
 
@@ -296,28 +297,28 @@ def _decide(
     ray: ModuleType, work: _Work, total: Tally, detector: Detector, orders: Sequence[_Order]
 ) -> int:
     """Flag by Benjamini-Hochberg over all parts, each written again; return how many are."""
-    table = detector.calibration.p_table
-    counts = np.zeros(len(table), np.int64)
+    levels = detector.calibration.levels
+    counts = np.zeros(len(levels), np.int64)
     for rank, count in total.ranks.items():
         counts[rank] = count
-    q_table = conformal.q_table(counts, table)
-    for _ in _handed_out(
-        ray, orders, _Decider, {"work": work, "table": table, "q_table": q_table}, "cpu"
-    ):
+    q_table = conformal.q_table(counts, levels)
+    told = {"work": work, "levels": levels, "q_table": q_table}
+    for _ in _handed_out(ray, orders, _Decider, told, "cpu"):
         pass
     return int(counts[q_table <= (work.question.fdr or 0)].sum())
 
 
 class _Decider(_Actor):
-    """Adds q-values to parts that are scored."""
+    """Puts q-values into parts that are scored, and what follows from them."""
 
     def __init__(
-        self, work: _Work, table: NDArray[np.float64], q_table: NDArray[np.float64]
+        self, work: _Work, levels: NDArray[np.float64], q_table: NDArray[np.float64]
     ) -> None:
-        self._work, self._table, self._q_table = work, table, q_table
+        self._work, self._levels, self._q_table = work, levels, q_table
 
     def _answer(self, order: _Order) -> Tally:
         import pyarrow as pa
+        import pyarrow.compute as pc
         import pyarrow.parquet as pq
 
         work, name = self._work, part_name(order.part.number)
@@ -325,14 +326,18 @@ class _Decider(_Actor):
         p_values = table["p_value"].to_numpy()
         readable = ~np.isnan(p_values)
         q_values = np.full(len(p_values), np.nan)
-        q_values[readable] = self._q_table[conformal.ranks(p_values[readable], self._table)]
+        q_values[readable] = self._q_table[conformal.ranks(p_values[readable], self._levels)]
         fdr = work.question.fdr or 0.0
         with np.errstate(invalid="ignore"):
             outlier = pa.array(q_values <= fdr, mask=~readable)
-        table = table.set_column(table.schema.get_field_index("outlier"), "outlier", outlier)
-        place = table.schema.get_field_index("explain")
-        place = table.schema.get_field_index("error") if place < 0 else place
-        table = table.add_column(place, "q_value", pa.array(q_values, mask=~readable))
+        decided = {"outlier": outlier, "q_value": pa.array(q_values, mask=~readable)}
+        if work.question.labelling is not None:
+            novel = {"label": pa.scalar(None, pa.string()), "rejected": True, "reason": NOVEL}
+            decided |= {
+                key: pc.if_else(outlier, value, table[key]) for key, value in novel.items()
+            }
+        for key, column in decided.items():
+            table = table.set_column(table.schema.get_field_index(key), key, column)
         buffer = io.BytesIO()
         pq.write_table(table, buffer)
         work.store.write(name, buffer.getvalue())

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from ray_nodes import ROOT, VAE, parts_of, rows_of, run, start, wait_for_parts
 
+BAYES = ROOT / "trained" / "fashion-mnist-bayes"
 FIXTURES = ROOT / "tests" / "fixtures"
 TOLERANCE = json.loads((VAE / "manifest.json").read_text())["tolerance"]["CPUExecutionProvider"]
 
@@ -50,12 +51,14 @@ def same(local: list[dict], remote: list[dict]) -> None:
             assert here["score"] == pytest.approx(there["score"], rel=1e-3, abs=1e-4)
             assert here["outlier"] == there["outlier"]
             assert here["p_value"] == pytest.approx(there["p_value"], abs=2e-3)
+            for name in ("label", "rejected", "reason"):
+                assert here.get(name) == there.get(name)
 
 
-@pytest.mark.parametrize("fdr", [None, 0.3])
-def test_rows_are_those_of_the_local_engine(nodes, data, tmp_path, fdr):
+@pytest.mark.parametrize(("bundle", "fdr"), [(VAE, None), (VAE, 0.3), (BAYES, 0.3)])
+def test_rows_are_those_of_the_local_engine(nodes, data, tmp_path, bundle, fdr):
     """Nine parts from every kind of input, read on another node, are one local file."""
-    asked = [VAE, f"@{data}/list.txt", *(["--fdr", fdr] if fdr else []), "--alpha", 0.05]
+    asked = [bundle, f"@{data}/list.txt", *(["--fdr", fdr] if fdr else []), "--alpha", 0.05]
     code, said = run("score", *asked, "--output", tmp_path / "local.parquet")
     assert code == 3, said
     remote, heard = run(

@@ -12,9 +12,10 @@ from hypothesis.extra.numpy import arrays
 
 from anomalyd.detect import bayes
 from anomalyd.detect.bayes import Labelling, credible, fit_temperature, label, log_posterior
-from anomalyd.detect.conformal import p_table, p_values
+from anomalyd.detect.conformal import benjamini_hochberg, p_table, p_values, q_table, ranks
 from anomalyd.detect.ranks import ranks_by_class
 from anomalyd.detect.statistics import Fit, make_score
+from anomalyd.detect.tables import Calibration
 from anomalyd.errors import CalibrationError, UsageError
 
 LIKELIHOODS = arrays(np.float64, (4, 3), elements=st.floats(-2000, 0))
@@ -154,6 +155,36 @@ def test_no_class_is_rejected_more_often_than_alpha():
 
     assert (mean <= alpha + 3 * error).all()
     assert mean.max() > alpha / 4  # and it can reject
+
+
+def test_false_discoveries_are_counted_over_the_p_values_of_all_classes():
+    """Classes of unlike sizes have unlike p-values; a histogram over all of them loses none."""
+    rng, counts = np.random.default_rng(0), (7, 40, 13)
+    empty = np.empty(0)
+    calibration = Calibration(
+        fit_nll=empty,
+        fit_statistics=np.empty((0, 1), np.float32),
+        training_hashes=np.empty(0, np.uint64),
+        calibration_hashes=np.empty(0, np.uint64),
+        **ranks_by_class(
+            rng.normal(size=60),
+            np.zeros((60, 3)),
+            np.repeat(range(3), counts),
+            classes="abc",
+            priors=None,
+            temperature=1.0,
+        ),
+    )
+    tables = calibration.per_class()
+    p = np.max([p_values(rng.normal(1, 2, 90), *table) for table in tables], axis=0)
+    found = ranks(p, calibration.levels)
+    histogram = np.bincount(found, minlength=len(calibration.levels))
+
+    np.testing.assert_array_equal(calibration.levels[found], p)
+    np.testing.assert_allclose(
+        q_table(histogram, calibration.levels)[found], benjamini_hochberg(p)
+    )
+    assert calibration.smallest == 1 / 8
 
 
 def test_a_class_without_calibration_images_is_named():

@@ -12,6 +12,7 @@ from daemons import check_problem, encoded, serve
 
 from anomalyd.cli import main
 from anomalyd.detect.bundle import read_bundle, write_bundle
+from anomalyd.detect.conformal import benjamini_hochberg
 from anomalyd.detect.detector import Detector
 from anomalyd.errors import AlphaUnreachable, UsageError
 from anomalyd.sources import open_source
@@ -151,6 +152,8 @@ def test_score_prints_labels_and_fdr_decides_what_is_novel(bayes, data, capsys):
     assert all(
         (row["reason"] == "novel") == row["outlier"] == (row["q_value"] <= 0.9) for row in rows
     )
+    q_values = benjamini_hochberg([row["p_value"] for row in rows])
+    assert [row["q_value"] for row in rows] == pytest.approx(q_values)
 
 
 def test_priors_and_costs_change_labels_and_no_score(bayes, images):
