@@ -14,8 +14,9 @@ BUNDLES := $(sort $(dir $(wildcard trained/*/manifest.json)))
 serve: .venv/base
 	$(BIN)/anomalyd serve --default-model fashion-mnist-vae
 
+# A process for each core, and whole files to each, for their fixtures train and export models.
 test: .venv/all lint promtool
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 	$(BIN)/anomalyd bundle verify $(BUNDLES)
 
 lint: .venv/all

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from daemons import check_problem, encoded, serve
 
 from anomalyd.cli import main
@@ -22,14 +21,6 @@ from anomalyd.train.compose import compose
 TRAIN = "[train]\nbatch_size = 32\ncheckpoint_seconds = 0.0\nepochs = 2.0\n"
 SMALL = "features = 4\nlatent = 8\n"
 CLASSES = [str(digit) for digit in range(10)]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +53,7 @@ def bayes(data, folder) -> Path:
 @pytest.fixture(scope="module")
 def parts(data, folder) -> tuple[Path, Path]:
     classifier = made("classifier", data, folder, f"{SMALL}hidden = 8\n", labels=True)
-    return classifier, made("vae", data, folder, f"{SMALL}outputs = 4\ncomponents = 2\n")
+    return classifier, made("vae", data, folder, f"{SMALL}outputs = 4\npixel = 'hierarchical'\n")
 
 
 @pytest.fixture(scope="module")

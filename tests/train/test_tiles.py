@@ -37,22 +37,13 @@ shrink = 2
 [density]
 features = 4
 dilations = [1]
-pixel = "logistic-mixture"
-components = 2
+pixel = "hierarchical"
 [train]
 epochs = 1.0
 batch_size = 16
 evaluations = 2
 checkpoint_seconds = 0.0
 """
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
