@@ -60,8 +60,8 @@ figures: .venv/all
 
 # Each client in an environment of its own, for their pins clash. MLServer needs Python < 3.13.
 .venv-proofs/%/installed: tests/interop/environments/%.txt | .venv/bin/python
-	$(BIN)/python -m venv --clear $(@D)
-	$(@D)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --requirement $<
+	$(BIN)/python -m venv --clear --without-pip $(@D)
+	$(BIN)/python -m pip --disable-pip-version-check --python $(@D)/bin/python install --quiet --no-deps --no-compile --requirement $<
 	@touch $@
 
 # Programs that the proofs run, and the Debian packages that hold them.
