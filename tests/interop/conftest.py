@@ -15,10 +15,6 @@ import pytest
 from harness import CLASSES, PATHS, TRAINED, VAE, Daemon, daemon
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "by(tools): the tools that a proof rests on")
-
-
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
     report = yield

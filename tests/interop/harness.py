@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from required import missing
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAINED = ROOT / "trained"
@@ -27,17 +28,8 @@ CLIENTS = Path(__file__).with_name("clients")
 ENVIRONMENTS = ROOT / ".venv-proofs"
 VAE, CLASSES = "fashion-mnist-vae", "fashion-mnist-conditional"
 PATHS = (IMAGES / "boot.png", IMAGES / "noisy-shirt.png")
-# Set by .ci/run: what is missing there is a failure and no skip.
-REQUIRED = "ANOMALYD_PROOFS_REQUIRED"
 STARTING_SECONDS = 120
 CALM = {"OMP_NUM_THREADS": "1"}
-
-
-def missing(what: str) -> None:
-    """Skip, or fail where nothing may be missing."""
-    if os.environ.get(REQUIRED):
-        pytest.fail(f"{what} is missing, and {REQUIRED} is set")
-    pytest.skip(f"needs {what}; `make proofs` as root installs it")
 
 
 def tool(name: str) -> str:

@@ -30,7 +30,7 @@ def test_schemathesis_finds_no_server_error(served, tmp_path, record_property):
     done = run(
         *(environment("tools", "schemathesis"), "run", f"{served.url}/openapi.json"),
         *("--phases", "examples,coverage,fuzzing", "--checks", ",".join(CHECKS)),
-        *("--max-examples", "60", "--seed", "1", "--generation-database", "none"),
+        *("--max-examples", "25", "--seed", "1", "--generation-database", "none"),
         *("--request-timeout", "30", "--suppress-health-check", "all", "--no-color"),
         cwd=tmp_path,
         timeout=900,

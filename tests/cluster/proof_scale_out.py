@@ -13,6 +13,8 @@ from ray_nodes import KEYS, LOOPBACK, ROOT, png
 
 from anomalyd.sources import open_source
 
+pytestmark = pytest.mark.by("Ray, torchrun, moto")
+
 LINES = re.findall(
     r"^\$ (.*)$", (ROOT / "README.md").read_text().split("## Scale out")[1].split("\n## ")[0], re.M
 )
