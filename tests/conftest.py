@@ -11,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 TESTS = Path(__file__).resolve().parent
+pytest_plugins = ["table"]
 
 # Neither a deadline nor "too slow": how fast the machine is today says nothing about a law.
 settings.register_profile(

@@ -24,7 +24,7 @@ from hostile import attacks
 
 SECONDS = float(os.environ.get("ANOMALYD_SOAK_SECONDS", "60"))
 WHOLE = SECONDS >= 600
-RELOADS = 1000 if WHOLE else 100
+RELOADS = 1000 if WHOLE else 50
 RESTARTS = 20 if WHOLE else 3
 BOOT = (IMAGES / "boot.png").read_bytes()
 # Where overload is not what is proven, a machine that is busy with other things refuses nobody.
