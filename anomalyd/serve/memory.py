@@ -13,7 +13,7 @@ import ctypes
 __all__ = ["give_back"]
 
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
-LARGE = 1 << 20  # bytes of a block that is given back the moment it is free
+LARGE = 1 << 20  # bytes of a block that has pages of its own, given back the moment it is free
 KEPT = 4 << 20  # bytes that may stay free at the end of a heap
 
 

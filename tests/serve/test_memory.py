@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-# A large block and then many small ones, as unpacking leaves them, in a thread of its own.
+# A large block and then many smaller ones, as unpacking leaves them, in a thread of its own.
 BURST = """
 import threading
 from anomalyd.serve.memory import give_back
@@ -20,7 +20,7 @@ def resident():
 def burst():
     large = b"x" * (31 << 20)
     del large
-    small = [b"x" * (512 << 10) for _ in range(80)]
+    small = [b"x" * (2 << 20) for _ in range(20)]
     small.clear()
 
 if {bounded}:
