@@ -11,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 TESTS = Path(__file__).resolve().parent
+pytest_plugins = ["table"]
 
 # Of torch, here and in every process that a test starts: threads are slower than none on images
 # of a few pixels, and a second worker of pytest-xdist needs the other core.

@@ -36,7 +36,7 @@ def commands() -> list[tuple[str, str]]:
     return found
 
 
-FAR = "--engine ray"  # tests/cluster/proof_readme.py runs these
+FAR = "--engine ray"  # tests/cluster/proof_scale_out.py runs these
 LOCAL = [(c, o) for c, o in commands() if c.startswith("anomalyd ") and "serve" not in c]
 LOCAL = [(c, o) for c, o in LOCAL if FAR not in c]
 CURLS = [(c, o) for c, o in commands() if c.startswith("curl ")]

@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,16 @@ from anomalyd.errors import AnomalydError, UsageError
 from anomalyd.sources import Piece, Source, cut
 from anomalyd.stores import Store
 
-__all__ = ["MANIFEST", "SCORED", "Part", "Question", "make_plan", "part_name", "read_plan"]
+__all__ = [
+    "MANIFEST",
+    "SCORED",
+    "Part",
+    "Question",
+    "make_plan",
+    "part_name",
+    "read_plan",
+    "read_table",
+]
 
 PLAN, MANIFEST, SCORED = "_plan.parquet", "_manifest.json", "_scored"
 LEAST, MOST, PARTS = 1_000, 100_000, 10_000
@@ -103,12 +112,11 @@ def read_plan(store: Store, question: Question) -> list[Part] | None:
         AnomalydError: the plan is damaged.
     """
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     if PLAN not in store.list():
         return None
     try:
-        table = pq.read_table(io.BytesIO(store.read(PLAN)))
+        table = read_table(store.read(PLAN))
         asked = json.loads(table.schema.metadata[_KEY])
         parts = list(_unpacked(table.to_pylist()))
     except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
@@ -122,6 +130,19 @@ def read_plan(store: Store, question: Question) -> list[Part] | None:
             "name another folder"
         )
     return parts
+
+
+def read_table(data: bytes, columns: Sequence[str] | None = None) -> Any:
+    """A Parquet file that is in memory, as an arrow Table.
+
+    By this thread alone: one of arrow's own may let go of the bytes when the interpreter is gone
+    already, and then aborts the process (apache/arrow#33975).
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(pa.BufferReader(data)) as file:
+        return file.read(columns=columns, use_threads=False)
 
 
 def _packed(question: Question, parts: Iterable[Part]) -> bytes:

@@ -35,7 +35,7 @@ from anomalyd.detect.output import Row, make_writer
 from anomalyd.detect.score import Scoring, Summary, score_rows
 from anomalyd.errors import AnomalydError, UsageError
 from anomalyd.scale.cluster import reason
-from anomalyd.scale.plan import MANIFEST, SCORED, Part, Question, part_name
+from anomalyd.scale.plan import MANIFEST, SCORED, Part, Question, part_name, read_table
 from anomalyd.sources import open_pieces
 from anomalyd.stores import Store
 
@@ -276,14 +276,13 @@ def _add_ranks(tally: Tally, p_values: Any, levels: NDArray[np.float64]) -> None
 def _counts(work: _Work, name: str, levels: NDArray[np.float64]) -> Tally | None:
     """The counts of a part that was written before; None where it is not whole."""
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     try:
         try:
             data = work.store.read(name)
         except AnomalydError:
             data = work.store.read(name.removeprefix(work.folder))  # decided already
-        found = pq.read_table(io.BytesIO(data), columns=["outlier", "p_value", "error"])
+        found = read_table(data, ["outlier", "p_value", "error"])
     except (AnomalydError, pa.ArrowException, OSError, KeyError):
         return None
     outliers = np.asarray(found["outlier"].fill_null(False))
@@ -322,7 +321,7 @@ class _Decider(_Actor):
         import pyarrow.parquet as pq
 
         work, name = self._work, part_name(order.part.number)
-        table = pq.read_table(io.BytesIO(work.store.read(work.folder + name)))
+        table = read_table(work.store.read(work.folder + name))
         p_values = table["p_value"].to_numpy()
         readable = ~np.isnan(p_values)
         q_values = np.full(len(p_values), np.nan)

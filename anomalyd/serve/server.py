@@ -28,6 +28,7 @@ from anomalyd.serve.access import ADMIN, Access
 from anomalyd.serve.app import create_app
 from anomalyd.serve.control import Control, Local
 from anomalyd.serve.events import Events
+from anomalyd.serve.memory import give_back
 from anomalyd.serve.metrics import Metrics
 from anomalyd.serve.models import Models
 from anomalyd.serve.notify import inherited, notify, reloading, watchdog_seconds
@@ -181,6 +182,7 @@ def serve(
     Raises:
         AnomalydError: why nothing can be served.
     """
+    give_back()
     events = None if settings.events is None else Events(settings.events, models.metrics)
     scorer = Scorer(settings, models.metrics, events)
     daemon = _Daemon(settings, models, owner, access, scorer, announce)

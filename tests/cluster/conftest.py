@@ -15,6 +15,7 @@ from collections.abc import Iterator
 import pytest
 from pyarrow.fs import S3FileSystem
 from ray_nodes import KEYS, ROOT, Nodes, free_port
+from required import missing
 
 
 @pytest.fixture(scope="session")
@@ -36,7 +37,7 @@ def s3(endpoint) -> Iterator[str]:
     """A real S3 server in a process of its own; yields its endpoint."""
     program = ROOT / ".venv-proofs" / "s3" / "bin" / "moto_server"
     if not program.exists():
-        pytest.skip(f"needs moto's S3 server at {program.relative_to(ROOT)}: make proofs")
+        missing(f"moto's S3 server, {program.relative_to(ROOT)},")
     server = subprocess.Popen(
         [program, "-H", "127.0.0.1", "-p", endpoint.rpartition(":")[2]],
         stdout=subprocess.DEVNULL,

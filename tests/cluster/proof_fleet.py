@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from PIL import Image
 from ray_nodes import ROOT, run
 
 from anomalyd.detect.bundle import read_bundle
 from anomalyd.sources import open_source
+
+pytestmark = pytest.mark.by("Ray")
 
 RECIPE = """
 model = "vae"

@@ -11,7 +11,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from ray_nodes import ROOT, VAE, parts_of, rows_of, run, start, wait_for_parts
+from ray_nodes import ROOT, VAE, WHOLE, parts_of, rows_of, run, start, wait_for_parts
+
+pytestmark = pytest.mark.by("Ray")
 
 BAYES = ROOT / "trained" / "fashion-mnist-bayes"
 FIXTURES = ROOT / "tests" / "fixtures"
@@ -86,9 +88,14 @@ def test_a_finished_folder_is_not_scored_again(nodes, data, tmp_path):
     assert len(said.splitlines()) == 1
 
 
-def many(folder: Path, times: int) -> Path:
+# 6,000 images in 120 parts, or 60,000 in 300.
+TIMES, SIZE = (150, 200) if WHOLE else (15, 50)
+IMAGES, PARTS = 400 * TIMES, 400 * TIMES // SIZE
+
+
+def many(folder: Path) -> Path:
     """A list of the fixture's 200 clothes and 200 digits, over and over."""
-    lines = [f"{FIXTURES}/{name}:test" for name in ("fashion-mnist", "mnist")] * times
+    lines = [f"{FIXTURES}/{name}:test" for name in ("fashion-mnist", "mnist")] * TIMES
     (folder / "many.txt").write_text("".join(f"{line}\n" for line in lines))
     return folder / "many.txt"
 
@@ -97,27 +104,27 @@ def test_a_node_that_dies_loses_and_duplicates_nothing(nodes, tmp_path):
     """Three nodes, one of them killed in the middle: every input has one row, in order."""
     doomed, _ = nodes.add(), nodes.add()
     process = start(
-        "score", VAE, f"@{many(tmp_path, 15)}", "--engine", "ray",
-        "--ray-address", nodes.address, "--output", tmp_path / "parts",
+        "score", VAE, f"@{many(tmp_path)}", "--engine", "ray",
+        "--ray-address", nodes.address, "--output", tmp_path / "parts", size=SIZE,
     )  # fmt: skip
     wait_for_parts(tmp_path / "parts", 20, process)
     nodes.kill(doomed)
-    left = 120 - len(parts_of(tmp_path / "parts"))
+    left = PARTS - len(parts_of(tmp_path / "parts"))
     _, said = process.communicate(timeout=600)
     assert process.returncode == 0, said
     assert left > 10
-    assert said.startswith("6000 images"), said
+    assert said.startswith(f"{IMAGES} images"), said
     indices = [row["index"] for row in rows_of(tmp_path / "parts")]
-    assert indices == list(range(200)) * 30
+    assert indices == list(range(200)) * (2 * TIMES)
 
 
 def test_a_driver_that_is_killed_leaves_only_unfinished_parts(nodes, tmp_path):
     """SIGKILL in the middle; the same command scores the parts that are missing, no other."""
     asked = [
-        "score", VAE, f"@{many(tmp_path, 15)}", "--engine", "ray",
+        "score", VAE, f"@{many(tmp_path)}", "--engine", "ray",
         "--ray-address", nodes.address, "--output", tmp_path / "parts",
     ]  # fmt: skip
-    process = start(*asked)
+    process = start(*asked, size=SIZE)
     wait_for_parts(tmp_path / "parts", 20, process)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
@@ -125,17 +132,17 @@ def test_a_driver_that_is_killed_leaves_only_unfinished_parts(nodes, tmp_path):
     # One that was cut off on its way, as by a file system without rename, is no part.
     parts_of(tmp_path / "parts")[0].write_bytes(b"PAR1 half")
     kept = {path: path.stat().st_mtime_ns for path in parts_of(tmp_path / "parts")[1:]}
-    code, said = run(*asked)
+    code, said = run(*asked, size=SIZE)
     assert code == 0, said
-    assert said.startswith("6000 images"), said
+    assert said.startswith(f"{IMAGES} images"), said
     now = {path: path.stat().st_mtime_ns for path in parts_of(tmp_path / "parts")}
-    assert len(now) == 120
+    assert len(now) == PARTS
     # Actors of the dead driver may have finished a part after its death; none is written twice.
     assert {path: now[path] for path in kept} == kept
     rows = rows_of(tmp_path / "parts")
-    assert [row["index"] for row in rows] == list(range(200)) * 30
-    scores = np.array([row["score"] for row in rows]).reshape(15, 400)
-    np.testing.assert_allclose(scores, np.broadcast_to(scores[0], (15, 400)), atol=1e-4)
+    assert [row["index"] for row in rows] == list(range(200)) * (2 * TIMES)
+    scores = np.array([row["score"] for row in rows]).reshape(TIMES, 400)
+    np.testing.assert_allclose(scores, np.broadcast_to(scores[0], (TIMES, 400)), atol=1e-4)
 
 
 def test_the_bundle_travels_with_the_job(nodes, data, tmp_path):

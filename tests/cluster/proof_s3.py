@@ -13,22 +13,24 @@ from ray_nodes import KEYS, ROOT, VAE, png, rows_of, run
 
 from anomalyd.sources import open_source
 
+pytestmark = pytest.mark.by("Ray, moto")
+
 
 @pytest.fixture(scope="module")
 def bucket(store) -> S3FileSystem:
     """A bucket with 60 PNG in two folders, a file that is none, and a Parquet file of 60 more."""
     files = store
-    files.create_dir("photographs")
+    files.create_dir("pictures")
     items = list(open_source(ROOT / "tests/fixtures/fashion-mnist", split="test"))[:60]
     images = []
     for number, item in enumerate(items):
         images.append(png(item.payload))
         folder = "day" if number % 2 else "night"
-        with files.open_output_stream(f"photographs/{folder}/{number:03d}.png") as stream:
+        with files.open_output_stream(f"pictures/{folder}/{number:03d}.png") as stream:
             stream.write(images[-1])
-    with files.open_output_stream("photographs/night/notes.bin") as stream:
+    with files.open_output_stream("pictures/night/notes.bin") as stream:
         stream.write(b"no image")
-    with files.open_output_stream("photographs/more.parquet") as stream:
+    with files.open_output_stream("pictures/more.parquet") as stream:
         pq.write_table(pa.table({"image": images}), stream, row_group_size=16)
     return files
 
@@ -39,22 +41,22 @@ def keys(endpoint: str) -> dict[str, str]:
 
 def test_a_bucket_is_scored_into_a_bucket(nodes, bucket, s3, tmp_path):
     """The rows of the local engine, from s3:// to s3://; the second run has nothing to do."""
-    asked = ["score", VAE, "s3://photographs"]
+    asked = ["score", VAE, "s3://pictures"]
     code, said = run(*asked, "--output", tmp_path / "local.parquet", **keys(s3))
     assert code == 3, said
     remote = [
-        *asked, "--engine", "ray", "--ray-address", nodes.address, "--output", "s3://photographs-scores/run/",
+        *asked, "--engine", "ray", "--ray-address", nodes.address, "--output", "s3://pictures-scores/run/",
     ]  # fmt: skip
-    bucket.create_dir("photographs-scores")
+    bucket.create_dir("pictures-scores")
     code, heard = run(*remote, size=25, **keys(s3))
     assert (code, heard) == (3, said), heard
-    names = sorted(i.base_name for i in bucket.get_file_info(_below("photographs-scores/run")))
+    names = sorted(i.base_name for i in bucket.get_file_info(_below("pictures-scores/run")))
     assert names[:2] == ["_manifest.json", "_plan.parquet"]
     parts = [name for name in names if name.startswith("part-")]
     assert len(parts) == 5
     for name in parts:
         (tmp_path / name).write_bytes(
-            bucket.open_input_stream(f"photographs-scores/run/{name}").read()
+            bucket.open_input_stream(f"pictures-scores/run/{name}").read()
         )
     local, rows = pq.read_table(tmp_path / "local.parquet").to_pylist(), rows_of(tmp_path)
     places = [(row["source"], row["index"], row["error"]) for row in rows]
@@ -80,8 +82,8 @@ def _below(path: str):
     ("path", "output", "says"),
     [
         ("s3://nothing-here/x", "{tmp}", "no such file or folder"),
-        ("s3://photographs/more.parquet", "s3://nothing-here/x", "there is no such bucket"),
-        ("s3://photographs/night/notes.bin", "{tmp}", "none of 1 inputs could be read"),
+        ("s3://pictures/more.parquet", "s3://nothing-here/x", "there is no such bucket"),
+        ("s3://pictures/night/notes.bin", "{tmp}", "none of 1 inputs could be read"),
     ],
 )
 def test_buckets_that_are_not_there_are_one_line(nodes, bucket, s3, tmp_path, path, output, says):
@@ -105,9 +107,9 @@ def test_a_bucket_without_rights_is_one_line(bucket, s3, tmp_path):
 
     check_keys("0")
     try:
-        code, said = run("score", VAE, "s3://photographs/more.parquet", **keys(s3))
+        code, said = run("score", VAE, "s3://pictures/more.parquet", **keys(s3))
     finally:
         check_keys("inf")
     assert (code, len(said.splitlines())) == (1, 1), said
-    assert "s3://photographs/more.parquet: " in said
+    assert "s3://pictures/more.parquet: " in said
     assert "check the credentials" in said or "the credentials are unknown" in said

@@ -15,6 +15,7 @@ from PIL import Image
 
 ROOT = Path(__file__).parents[2]
 VAE = ROOT / "trained" / "fashion-mnist-vae"
+WHOLE = float(os.environ.get("ANOMALYD_SOAK_SECONDS", "0")) >= 600  # of `make soak`
 LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # where simulated.py listens
 KEYS = {
     "AWS_ACCESS_KEY_ID": "proof",

@@ -12,12 +12,14 @@ import socket
 import ssl
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+from required import missing
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAINED = ROOT / "trained"
@@ -27,17 +29,8 @@ CLIENTS = Path(__file__).with_name("clients")
 ENVIRONMENTS = ROOT / ".venv-proofs"
 VAE, CLASSES = "fashion-mnist-vae", "fashion-mnist-conditional"
 PATHS = (IMAGES / "boot.png", IMAGES / "noisy-shirt.png")
-# Set by .ci/run: what is missing there is a failure and no skip.
-REQUIRED = "ANOMALYD_PROOFS_REQUIRED"
 STARTING_SECONDS = 120
-CALM = {"OMP_NUM_THREADS": "1"}
-
-
-def missing(what: str) -> None:
-    """Skip, or fail where nothing may be missing."""
-    if os.environ.get(REQUIRED):
-        pytest.fail(f"{what} is missing, and {REQUIRED} is set")
-    pytest.skip(f"needs {what}; `make proofs` as root installs it")
+CALM = {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
 
 
 def tool(name: str) -> str:
@@ -96,12 +89,14 @@ class Daemon:
 
     def __init__(
         self,
-        process: subprocess.Popen[str],
+        process: subprocess.Popen[bytes],
+        log: Path,
         port: int,
         grpc_port: int | None,
         tls: ssl.SSLContext | None = None,
     ) -> None:
         self.process = process
+        self.log = log
         self.port = port
         self.grpc_port = grpc_port
         self.url = f"http{'s' if tls else ''}://127.0.0.1:{port}"
@@ -121,9 +116,14 @@ class Daemon:
                 "127.0.0.1", self.port, timeout=60, context=self._tls
             )
         with contextlib.closing(connection):
-            connection.request(method, path, body, dict(headers or {}))
-            response = connection.getresponse()
-            return response.status, response.read()
+            try:
+                connection.request(method, path, body, dict(headers or {}))
+                response = connection.getresponse()
+                return response.status, response.read()
+            except TimeoutError:
+                self.process.send_signal(signal.SIGABRT)  # it says where its threads are
+                self.process.wait(60)
+                raise AssertionError(f"{method} {path}: no answer\n{self.said[-6000:]}") from None
 
     def score(self, image: bytes, model: str | None = None) -> dict[str, Any]:
         """The one result of an image by the daemon's own API."""
@@ -139,6 +139,11 @@ class Daemon:
         lines = [line for line in text.splitlines() if line.split("{")[0].split()[0] == name]
         return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
 
+    @property
+    def said(self) -> str:
+        """What it has written to stderr so far."""
+        return self.log.read_text(encoding="utf-8")
+
     def is_ready(self) -> bool:
         with contextlib.suppress(OSError):
             return self.ask("GET", "/readyz")[0] == 200
@@ -150,15 +155,14 @@ class Daemon:
         while not self.is_ready():
             if self.process.poll() is not None or time.monotonic() - started > STARTING_SECONDS:
                 self.process.kill()
-                said = self.process.communicate()[1]
-                raise AssertionError(f"the daemon did not start: {said}")
+                self.process.wait()
+                raise AssertionError(f"the daemon did not start: {self.said}")
             time.sleep(0.05)
 
     def stop(self) -> tuple[int, str]:
         """Its exit code after SIGTERM, and what it said."""
         self.process.send_signal(signal.SIGTERM)
-        said = self.process.communicate(timeout=60)[1]
-        return self.process.returncode, said
+        return self.process.wait(60), self.said
 
 
 @contextlib.contextmanager
@@ -180,26 +184,27 @@ def daemon(
     for name, value in settings.items():
         flag = "--" + name.replace("_", "-")
         command += [flag] if value is True else [flag, str(value)]
-    process = subprocess.Popen(
-        command,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
-        env=os.environ | CALM | dict(environment or {}),
-    )
-    running = Daemon(process, port, grpc_port, tls)
-    try:
-        if wait:
-            running.wait()
-        yield running
-    finally:
-        if process.poll() is None:
-            process.send_signal(signal.SIGTERM)
-            try:
-                process.communicate(timeout=60)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.communicate()
+    with tempfile.TemporaryDirectory() as folder:
+        # A file: it takes all that hostile traffic makes the daemon say, where a pipe that nobody
+        # reads would stop it.
+        log = Path(folder) / "stderr"
+        with log.open("w", encoding="utf-8") as stream:
+            process = subprocess.Popen(
+                command, stderr=stream, cwd=ROOT, env=os.environ | CALM | dict(environment or {})
+            )
+        running = Daemon(process, log, port, grpc_port, tls)
+        try:
+            if wait:
+                running.wait()
+            yield running
+        finally:
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+                try:
+                    process.wait(60)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    process.wait()
 
 
 def same(found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:

@@ -133,6 +133,7 @@ def test_locked_down(installed, record_property):
         text=True,
         check=True,
     ).stdout.strip()
+    mounts = Path("/proc/mounts").read_text(encoding="utf-8")
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         place.chmod(0o755)
@@ -151,6 +152,7 @@ def test_locked_down(installed, record_property):
         )
     found = json.loads(done.stdout.splitlines()[-1])
 
+    assert Path("/proc/mounts").read_text(encoding="utf-8") == mounts  # this machine's own
     assert found["result"]["outlier"] is False
     assert found["user"] == 10001
     assert found["capabilities"] == 0

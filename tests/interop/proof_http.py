@@ -30,7 +30,7 @@ def test_schemathesis_finds_no_server_error(served, tmp_path, record_property):
     done = run(
         *(environment("tools", "schemathesis"), "run", f"{served.url}/openapi.json"),
         *("--phases", "examples,coverage,fuzzing", "--checks", ",".join(CHECKS)),
-        *("--max-examples", "60", "--seed", "1", "--generation-database", "none"),
+        *("--max-examples", "25", "--seed", "1", "--generation-database", "none"),
         *("--request-timeout", "30", "--suppress-health-check", "all", "--no-color"),
         cwd=tmp_path,
         timeout=900,
@@ -61,9 +61,10 @@ def test_wrk(served, record_property):
 
 @pytest.mark.by("hey")
 def test_hey(served, record_property):
-    """hey has 500 requests answered with 200."""
+    """hey over four connections, which is as many as may always wait, has 500 requests answered
+    with 200."""
     done = run(
-        *(tool("hey"), "-n", "500", "-c", "10", "-m", "POST", "-T", "image/png"),
+        *(tool("hey"), "-n", "500", "-c", "4", "-m", "POST", "-T", "image/png"),
         *("-D", IMAGES / "boot.png", f"{served.url}/v1/score"),
     )
     codes = dict(re.findall(r"\[(\d+)\]\s+(\d+) responses", done.stdout))
@@ -121,7 +122,7 @@ def test_old_tls_is_refused(secured):
 
 
 @pytest.mark.by("Chromium")
-def test_page_in_a_browser(served, tmp_path, record_property):
+def test_page_in_a_browser(served, expected, tmp_path, record_property):
     """Chromium shows the models on `GET /`, and the verdict and the map of an image given to it,
     without a request to anyone else and without an error in its console."""
     found = client(
@@ -131,10 +132,11 @@ def test_page_in_a_browser(served, tmp_path, record_property):
 
     assert found["models"] == ["fashion-mnist-conditional", "fashion-mnist-vae"]
     assert found["chosen"] == VAE
-    boot, noisy = found["verdicts"]
-    assert boot["text"].startswith("normal: p = 0.39")
-    assert noisy["text"].startswith("outlier: p = 0.0092")
-    assert boot["pictures"] == noisy["pictures"] == 1
+    said = [verdict["text"].split() for verdict in found["verdicts"]]
+    assert [words[0] for words in said] == ["normal:", "outlier:"]
+    shown = [float(words[words.index("=") + 1]) for words in said]
+    assert shown == pytest.approx(expected[VAE]["p_value"], rel=5e-3)
+    assert [verdict["pictures"] for verdict in found["verdicts"]] == [1, 1]
     assert found["errors"] == []
     assert {origin for origin in found["origins"] if origin} == {served.url}
     record_property("measured", found["browser"])

@@ -24,9 +24,11 @@ from hostile import attacks
 
 SECONDS = float(os.environ.get("ANOMALYD_SOAK_SECONDS", "60"))
 WHOLE = SECONDS >= 600
-RELOADS = 1000 if WHOLE else 20
+RELOADS = 1000 if WHOLE else 50
 RESTARTS = 20 if WHOLE else 3
 BOOT = (IMAGES / "boot.png").read_bytes()
+# Where overload is not what is proven, a machine that is busy with other things refuses nobody.
+PATIENCE = 10
 PAUSE = 0.01  # so that the load is bounded, and others have the machine too
 
 
@@ -149,7 +151,7 @@ def test_soak(record_property):
     assert set(good.statuses) <= {200, 503}, shown
     assert good.statuses[200] > 0
     assert not {status for status in bad.statuses if status >= 500} - {503}, shown
-    assert growth <= 1.05, shown
+    assert growth <= 1.05, " ".join(f"{each / 2**20:.0f}" for each in memory)
     assert (code, "Traceback" in said) == (0, False), said[-3000:]
 
 
@@ -168,7 +170,7 @@ def test_reloads(tmp_path, record_property):
         for method, path, body, headers in scoring():
             yield method, path, body, headers | bearer
 
-    settings = {"tokens": tmp_path / "tokens", "repository_api": True}
+    settings = {"tokens": tmp_path / "tokens", "repository_api": True, "queue_wait": PATIENCE}
     with daemon(tmp_path / "models", **settings) as running:
         with Traffic(4, lambda number: keep_asking(running.port, authorised())) as traffic:
             started = time.monotonic()
@@ -206,6 +208,8 @@ def handed(listener: socket.socket, manager: str) -> subprocess.Popen[str]:
         str(TRAINED / VAE),
         "--drain-delay",
         "0.5",
+        "--queue-wait",
+        str(PATIENCE),
     ]
     return subprocess.Popen(
         ["bash", "-c", script, "bash", str(listener.fileno()), *program],

@@ -11,9 +11,10 @@ mount --bind "$base" /mnt
 mount -t tmpfs -o mode=0755,size=1m tmpfs /root
 mkdir -p "$base"
 mount --move /mnt "$base"
-mount -o remount,ro,bind /
 mount -o remount,ro /root
-mount -o remount,ro /dev/shm
+# Of these the mounts, with "bind", and not the file systems, which the machine outside has too.
+mount -o remount,ro,bind /
+mount -o remount,ro,bind /dev/shm
 mount -t proc -o hidepid=invisible proc /proc
 ip link set lo up
 exec setpriv --reuid 10001 --regid 10001 --clear-groups --bounding-set -all --inh-caps -all \
