@@ -172,6 +172,19 @@ ALONE = Workers()
 """One process, as `anomalyd train` starts it."""
 
 
+def _store(restarts: int) -> Any:
+    """Where workers learn each other's addresses; None leaves it to torch.
+
+    On one machine torchrun keeps one store over all restarts, and in it the addresses of the dead,
+    which a worker that starts before its peer would call: so each start has keys of its own.
+    """
+    if os.environ.get("GROUP_WORLD_SIZE") != "1":
+        return None
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(host, port, is_master=False)  # type: ignore[attr-defined]
+    return dist.PrefixStore(f"start-{restarts}", store)  # type: ignore[attr-defined]
+
+
 def join() -> Workers:
     """This process's place among those that torchrun has started; alone if none has.
 
@@ -194,7 +207,13 @@ def join() -> Workers:
     if workers.size > 1:
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         try:
-            dist.init_process_group(backend, timeout=PATIENCE)
+            dist.init_process_group(
+                backend,
+                timeout=PATIENCE,
+                store=_store(number["TORCHELASTIC_RESTART_COUNT"]),
+                rank=workers.rank,
+                world_size=workers.size,
+            )
         except (RuntimeError, ValueError) as error:
             raise TrainingError(
                 f"worker {workers.rank} of {workers.size} cannot reach the others: {error}"
