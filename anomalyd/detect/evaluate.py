@@ -90,7 +90,8 @@ class Level:
     Attributes:
         alpha: the rate of false alarms that is promised, in (0, 1).
         observed: the rate seen on the normal images, in [0, 1].
-        band: where 99.9 % of such rates fall if the promise holds.
+        band: where 99.9 % of such rates fall if the promise holds; from 0 where it holds in each
+            class, for then most classes have fewer than they might.
         recall: name of set -> share of its outliers flagged.
     """
 
@@ -653,12 +654,13 @@ def _all_scores(detector: Detector, raw: Raw, judged: Judged) -> dict[str, Float
 def _level(
     detector: Detector, alpha: float, normal: Sample, outliers: Mapping[str, Sample]
 ) -> Level:
+    low, high = conformal.false_alarm_band(
+        alpha, detector.manifest.calibration_n, len(normal), confidence=detector.confidence
+    )
     return Level(
         alpha,
         float(np.mean(normal.p_values <= alpha)),
-        conformal.false_alarm_band(
-            alpha, detector.manifest.calibration_n, len(normal), confidence=detector.confidence
-        ),
+        (0.0 if detector.labels else low, high),
         {name: Proportion.of(each.p_values <= alpha) for name, each in outliers.items()},
     )
 

@@ -176,7 +176,8 @@ def _store(restarts: int) -> Any:
     """Where workers learn each other's addresses; None leaves it to torch.
 
     On one machine torchrun keeps one store over all restarts, and in it the addresses of the dead,
-    which a worker that starts before its peer would call: so each start has keys of its own.
+    which a worker that starts before its peer would call (pytorch/pytorch#135712): so each start
+    has keys of its own.
     """
     if os.environ.get("GROUP_WORLD_SIZE") != "1":
         return None
