@@ -19,6 +19,8 @@ import click
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from anomalyd.detect.runtime import available_cpus
 from anomalyd.errors import TrainingError, UsageError
@@ -194,7 +196,15 @@ def join() -> Workers:
     if workers.size > 1:
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         try:
-            dist.init_process_group(backend, timeout=PATIENCE)
+            store, rank, size = next(rendezvous("env://", timeout=PATIENCE))
+            if workers.local_size == workers.size:
+                # Dead workers have left their addresses in torchrun's store, which outlives them
+                # (pytorch/pytorch#135712). Of several machines each counts restarts by itself.
+                restarts = number["TORCHELASTIC_RESTART_COUNT"]
+                store = PrefixStore(f"restart_{restarts}", store)
+            dist.init_process_group(
+                backend, store=store, rank=rank, world_size=size, timeout=PATIENCE
+            )
         except (RuntimeError, ValueError) as error:
             raise TrainingError(
                 f"worker {workers.rank} of {workers.size} cannot reach the others: {error}"
