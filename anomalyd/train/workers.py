@@ -19,6 +19,8 @@ import click
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from anomalyd.detect.runtime import available_cpus
 from anomalyd.errors import TrainingError, UsageError
@@ -172,20 +174,6 @@ ALONE = Workers()
 """One process, as `anomalyd train` starts it."""
 
 
-def _store(restarts: int) -> Any:
-    """Where workers learn each other's addresses; None leaves it to torch.
-
-    On one machine torchrun keeps one store over all restarts, and in it the addresses of the dead,
-    which a worker that starts before its peer would call (pytorch/pytorch#135712): so each start
-    has keys of its own.
-    """
-    if os.environ.get("GROUP_WORLD_SIZE") != "1":
-        return None
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(host, port, is_master=False)  # type: ignore[attr-defined]
-    return dist.PrefixStore(f"start-{restarts}", store)  # type: ignore[attr-defined]
-
-
 def join() -> Workers:
     """This process's place among those that torchrun has started; alone if none has.
 
@@ -208,12 +196,14 @@ def join() -> Workers:
     if workers.size > 1:
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         try:
+            store, rank, size = next(rendezvous("env://", timeout=PATIENCE))
+            if workers.local_size == workers.size:
+                # Dead workers have left their addresses in torchrun's store, which outlives them
+                # (pytorch/pytorch#135712). Of several machines each counts restarts by itself.
+                restarts = number["TORCHELASTIC_RESTART_COUNT"]
+                store = PrefixStore(f"restart_{restarts}", store)
             dist.init_process_group(
-                backend,
-                timeout=PATIENCE,
-                store=_store(number["TORCHELASTIC_RESTART_COUNT"]),
-                rank=workers.rank,
-                world_size=workers.size,
+                backend, store=store, rank=rank, world_size=size, timeout=PATIENCE
             )
         except (RuntimeError, ValueError) as error:
             raise TrainingError(
