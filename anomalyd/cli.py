@@ -22,7 +22,6 @@ from anomalyd.errors import AnomalydError, BundleError, MissingExtra, UsageError
 if TYPE_CHECKING:
     from types import ModuleType
 
-
 __all__ = ["main"]
 
 FAILED, USAGE, UNREADABLE, INTERRUPTED = 1, 2, 3, 130

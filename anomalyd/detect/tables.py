@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -112,7 +113,7 @@ class Calibration:
         tables = np.split(self.p_table, ends + np.arange(1, len(ends) + 1))
         return list(zip(np.split(self.scores, ends), tables, strict=True))
 
-    @property
+    @cached_property
     def levels(self) -> NDArray[np.float64]:
         """Every p-value that an image can have, ascending."""
         return np.unique(self.p_table)

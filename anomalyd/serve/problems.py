@@ -88,8 +88,10 @@ def as_problem(error: Exception) -> Problem:
             return Problem(503, "deadline", "the image waited too long for this model; come again")
         case ImageError():
             return Problem(error.status, error.reason, str(error))
-        case AlphaUnreachable() | UsageError():
+        case AlphaUnreachable():
             return Problem(400, "alpha", str(error))
+        case UsageError():
+            return Problem(400, "parameter", str(error))
         case AnomalydError():
             return Problem(400, None, str(error))
         case HTTPException():
