@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anomalyd.density.base import ImageShape, PixelLikelihood, Surprise
+from anomalyd.density.precision import precise
 
 __all__ = [
     "Bernoulli",
@@ -294,7 +295,8 @@ class LogisticMixture(PixelLikelihood):
     ) -> tuple[Tensor, list[Tensor], tuple[Tensor, ...]]:
         """Return log weights (N, K, H, W), and by channel the means and log scales, likewise."""
         channels = self.shape.channels
-        raw = self.parameters_of(F.elu(context)).float()
+        with precise(context):
+            raw = self.parameters_of(F.elu(context).float())
         split = [1, channels, channels, self.couplings]
         parts = torch.split(raw, [self.components * part for part in split], dim=1)
         log_pi = F.log_softmax(parts[0], dim=1)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from anomalyd.density.base import ImageShape
 from anomalyd.density.encoder import Decoder, Encoder
 from anomalyd.density.likelihoods import likelihood
+from anomalyd.density.precision import precise
 from anomalyd.density.variational import Gaussian, Layer, Variational, bounded
 
 __all__ = ["VAE"]
@@ -76,8 +77,9 @@ class VAE(Variational):
 
     def class_evidence(self, images: Tensor) -> Tensor:
         """Return -KL(q(z|x) || p(z|y)) of each class, without decoding: (N, K)."""
-        q = self._code(self.centred(self.quantise(images)))
-        divergence: Tensor = Layer(q, self._prior(self.prior), self.noise[:1, None, None]).kl()
+        with precise(images):
+            q = self._code(self.centred(self.quantise(images)))
+            divergence: Tensor = Layer(q, self._prior(self.prior), self.noise[:1, None, None]).kl()
         return -divergence[0]
 
     def _code(self, inputs: Tensor) -> Gaussian:

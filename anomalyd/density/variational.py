@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from anomalyd.density.base import Density, ImageShape, PixelLikelihood, Scores
+from anomalyd.density.precision import precise
 from anomalyd.density.summary import largest_patch, total
 
 __all__ = ["Gaussian", "Layer", "Variational", "bounded"]
@@ -157,7 +158,8 @@ class Variational(Density):
 
     def bounds(self, images: Tensor, noise: Tensor) -> Tensor:
         """Return the bound under the given noise, (S, N or 1, 1, latent): (N, K or 1) float64."""
-        return self._bound(*self._drawn(images, noise))
+        with precise(images):
+            return self._bound(*self._drawn(images, noise))
 
     def log_probs(
         self, images: Tensor, labels: Tensor | None = None, latent: Tensor | None = None

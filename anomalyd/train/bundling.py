@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import math
-import platform
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, cast
@@ -17,7 +16,7 @@ from anomalyd.detect import conformal, tiling
 from anomalyd.detect.bayes import fit_temperature, log_posterior
 from anomalyd.detect.pipeline import collect
 from anomalyd.detect.ranks import ranks, ranks_by_class
-from anomalyd.detect.runtime import CPU, CUDA, Raw, Session, available_cpus
+from anomalyd.detect.runtime import CPU, CUDA, Raw, Session
 from anomalyd.detect.sample import Sampler, grid
 from anomalyd.detect.statistics import (
     BY_CLASS,
@@ -173,7 +172,7 @@ def write(
         out=str(out),
         counts={name: len(getattr(splits, name)) for name in SPLITS},
         minutes=trained.outcome.seconds / 60,
-        machine=f"{available_cpus()} x {platform.machine()} core",
+        machine=trained.outcome.machine,
         images_per_second=trained.outcome.images / max(trained.outcome.seconds, 1e-9),
         validation=trained.outcome.validation,
         unit=model.unit,

@@ -75,7 +75,7 @@ def compose(
         weights |= {f"{name}.{key}": value for key, value in found.items()}
     model.load_state_dict(weights)
     splits = split(images.hashes, images.groups, seed=seed)
-    untrained = Outcome(0, 0, 1, 0, 0.0, math.nan, stopped_early=False)
+    untrained = Outcome(0, 0, 1, 0, 0.0, math.nan, stopped_early=False, machine="")
     write(
         Trained(model.eval(), recipe, spec, images, splits, classes, labels, priors, untrained),
         data=data,

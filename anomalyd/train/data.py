@@ -37,6 +37,7 @@ __all__ = [
     "Photographs",
     "TrainingData",
     "crops",
+    "dithered",
     "excluded",
     "forget",
     "gather",
@@ -104,6 +105,27 @@ def crops(
         uint8 (n, height, width, channels).
     """
     return pixels.crops(rows, seed) if isinstance(pixels, Photographs) else pixels[rows]
+
+
+def dithered(pixels: NDArray[np.uint8], levels: int, seed: Sequence[int]) -> NDArray[np.uint8]:
+    """Draw one of the two nearest levels for each value; the mean over draws is the value itself.
+
+    With two levels this is known as dynamic binarization.
+
+    References:
+        On the Quantitative Analysis of Deep Belief Networks (Salakhutdinov, Murray, 2008).
+
+    Args:
+        pixels: uint8, of any shape.
+        levels: L; with 256 nothing changes.
+        seed: equal seeds draw equal levels.
+
+    Returns:
+        uint8 likewise, each value one that quantises to the level drawn.
+    """
+    place = pixels * np.float32((levels - 1) / 255)
+    level = np.floor(place + np.random.default_rng(seed).random(pixels.shape, dtype=np.float32))
+    return np.round(level * np.float32(255 / (levels - 1))).astype(np.uint8)
 
 
 def per_tile(

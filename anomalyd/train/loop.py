@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import os
+import platform
 import shutil
 import time
 from dataclasses import dataclass
@@ -14,9 +15,10 @@ import numpy as np
 import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from anomalyd.detect.runtime import available_cpus
 from anomalyd.errors import TrainingError
 from anomalyd.train import checkpoint
-from anomalyd.train.data import crops, per_tile
+from anomalyd.train.data import crops, dithered, per_tile
 from anomalyd.train.muon import Muon
 from anomalyd.train.workers import ALONE, Workers
 
@@ -57,6 +59,7 @@ class Outcome:
         seconds: time spent training, over all resumed parts.
         validation: best validation loss, in the model's unit: bits per dimension (or its bound).
         stopped_early: validation had stopped improving.
+        machine: what it ran on, and what the parts ran on that it continues.
     """
 
     steps: int
@@ -66,6 +69,7 @@ class Outcome:
     seconds: float
     validation: float
     stopped_early: bool
+    machine: str
 
 
 def pick_device(name: str) -> torch.device:
@@ -151,6 +155,7 @@ def fit(
         seconds=run.stopwatch.total(),
         validation=run.best_loss,
         stopped_early=run.stopped,
+        machine=", then ".join(run.machines),
     )
 
 
@@ -207,6 +212,7 @@ class _Run:
         self.step = self.budget = self.bad = 0
         self.best_loss, self.images_per_second = math.inf, 0.0
         self.epoch_order = (-1, self.rows)
+        self.machines = [_machine(device)]
         self.stopwatch = _Stopwatch()
 
     @property
@@ -293,7 +299,10 @@ class _Run:
         self, rows: NDArray[np.int64], seed: Sequence[int]
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return images uint8 (N, H, W, C) and labels int64 (N,) on the device."""
-        images = torch.from_numpy(crops(self.pixels, rows, seed)).to(self.device)
+        pixels = crops(self.pixels, rows, seed)
+        if self.settings.dither:
+            pixels = dithered(pixels, self.model.shape.levels, seed)
+        images = torch.from_numpy(pixels).to(self.device)
         if self.labels is None:
             return images, None
         return images, torch.from_numpy(self.labels[rows]).to(self.device)
@@ -305,7 +314,7 @@ class _Run:
         averaged.eval()
         size = self.settings.batch_size * 2
         losses = [
-            # Of photographs the same crops every time.
+            # The same crops and the same levels every time.
             averaged.losses(*self.rows_of(self.validation[start : start + size], [0, 1, start]))
             .double()
             .sum()
@@ -345,6 +354,7 @@ class _Run:
             "bad": self.bad,
             "best": self.best_loss if math.isfinite(self.best_loss) else None,
             "seconds": self.stopwatch.total(),
+            "machines": self.machines,
         }
         checkpoint.save(self.checkpoint, self.modules(), self.optimizers, progress)
         self.stopwatch.mark()
@@ -360,6 +370,16 @@ class _Run:
         self.step, self.budget, self.bad = progress["step"], progress["budget"], progress["bad"]
         self.best_loss = math.inf if progress["best"] is None else progress["best"]
         self.stopwatch.before = progress["seconds"]
+        # A run that has taken all its steps only writes its bundle here.
+        here = self.machines if self.step < self.budget and not self.stopped else []
+        before = progress.get("machines", [])
+        self.machines = list(dict.fromkeys([*before, *here])) or self.machines
+
+
+def _machine(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{available_cpus()} x {platform.machine()} core"
 
 
 def _averaged(model: Model, decay: float) -> AveragedModel:

@@ -31,6 +31,9 @@ class TrainSettings:
     )
     shift: int = setting(0, help="pixels by which images move at random in that term", low=0)
     mirror: bool = setting(False, help="mirror half of the images in that term")
+    dither: bool = setting(
+        False, help="draw the levels of each image anew each time it is seen, where there are few"
+    )
     compile: bool = setting(
         False, help="fuse the model with torch.compile: a minute at the start, a third off after"
     )

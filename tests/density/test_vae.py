@@ -202,3 +202,14 @@ def test_graph_of_a_conditional_vae_says_what_torch_says():
     session = Session(graph, device="cpu")
     assert session.run(x.numpy()).log_likelihood.shape == (20, 3)
     assert "embedding" in session.outputs
+
+
+def test_codes_and_logistics_keep_their_precision_under_autocast():
+    """Where autocast would multiply in bfloat16, codes and bounds are those of float32."""
+    density, x = vae(RGB, 3), images(RGB)
+    labels = torch.tensor([0, 1, 2, 0])
+    plain = density.losses(x, labels), density.class_evidence(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = density.losses(x, labels), density.class_evidence(x)
+
+    assert all(torch.equal(one, other) for one, other in zip(plain, mixed, strict=True))

@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from anomalyd.detect.bundle import read_bundle
 from anomalyd.detect.detector import Detector
@@ -20,6 +22,7 @@ from anomalyd.sources import open_source
 from anomalyd.train import checkpoint
 from anomalyd.train.card import history_of
 from anomalyd.train.commands import export, train
+from anomalyd.train.data import dithered
 from anomalyd.train.export import check_parity, to_onnx
 from anomalyd.train.loop import fit
 from anomalyd.train.models import build
@@ -267,6 +270,42 @@ def test_minutes_become_steps_that_a_resumed_run_keeps(fixture_data, tmp_path):
 
     assert progress["budget"] == outcome.budget >= 1
     assert outcome.steps == outcome.budget
+    assert [outcome.machine] == progress["machines"]
+    assert outcome.machine.endswith("core")
+
+
+@given(levels=st.integers(2, 256), seed=st.integers(0, 9))
+def test_dithering_draws_one_of_the_two_nearest_levels(levels, seed):
+    """Each byte becomes one of a level next to it, and on average it stays what it was."""
+    pixels = np.repeat(np.arange(256, dtype=np.uint8), 400)
+    drawn = dithered(pixels, levels, [seed])
+    level = drawn.astype(int) * levels // 256  # as a density quantises
+    place = pixels.astype(float) * (levels - 1) / 255
+
+    assert (np.abs(level - place) < 1 + 1e-4).all()
+    means = level.reshape(256, 400).mean(axis=1)
+    assert np.abs(means - place[::400]).max() < 5 * 0.5 / 400**0.5
+    assert np.array_equal(drawn, dithered(pixels, levels, [seed]))
+    if levels == 256:
+        assert np.array_equal(drawn, pixels)
+
+
+@pytest.mark.parametrize(("dither", "odds"), [(False, 0.0), (True, 0.25)])
+def test_dithered_training_learns_how_near_a_value_is_to_each_level(dither, odds, tmp_path):
+    """A grey below the threshold is white a quarter of the time, and without dithering never."""
+    from anomalyd.images import ImageSpec
+
+    pixels = np.full((2_000, 4, 4, 1), 64, np.uint8)
+    splits = split(np.arange(2_000, dtype=np.uint64), [None] * 2_000)
+    recipe = {"features": 8, "blocks": 0, "kernel": 3, "pixel": "bernoulli"}
+    torch.manual_seed(0)
+    model = build("pixelcnn", ImageSpec(4, 4, 1, levels=2), recipe)
+    settings = TrainSettings(epochs=6.0, dither=dither, adamw_learning_rate=0.02)
+    fit(model, pixels, splits, settings, tmp_path, device=torch.device("cpu"))
+    with torch.no_grad():
+        table = model.log_probs(torch.zeros(1, 4, 4, 1, dtype=torch.uint8)).exp()
+
+    assert table[0, 0, 0, 0, 1].item() == pytest.approx(odds, abs=0.12)
 
 
 def test_wrong_graph_is_not_exported(bundle):
