@@ -78,6 +78,9 @@ def labelling(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code; every error is one line on stderr."""
+    # numpy's products are small here, and while its threads wait for the next one they spin, on
+    # cores that onnxruntime needs. Read when numpy is imported, which no command has done yet.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     try:
         # Not anomalyd.main(): that has an exit code of its own for a closed pipe.
         given = sys.argv[1:] if arguments is None else list(arguments)
@@ -738,6 +741,8 @@ def verify(bundles: tuple[Path, ...], device: str) -> int:
     for path in bundles:
         try:
             content = read_bundle(path)
+            for name in content.graphs:
+                content.graph(name)
             session = open_session(content, device=device)
             if content.manifest.kind == "density":
                 Detector(content, session)  # this version knows its score

@@ -64,8 +64,8 @@ __all__ = [
     "write_bundle",
 ]
 
-MANIFEST = "manifest.json"
-REQUIRED = ("model.onnx", "calibration.npz", "golden.npz", "CARD.md")
+MANIFEST, MODEL = "manifest.json", "model.onnx"
+REQUIRED = (MODEL, "calibration.npz", "golden.npz", "CARD.md")
 MAX_FILES = 64
 _MIB = 1 << 20
 MAX_MANIFEST = 1 * _MIB
@@ -118,6 +118,24 @@ class Bundle:
             return _read_verified(_standing(self.path) / name, entry)
         except BundleError as error:
             raise BundleError(f"bundle {self.path}: {error}") from None
+
+    @property
+    def graphs(self) -> list[str]:
+        """The names of its graphs; model.onnx is the one that scores."""
+        return [name for name in self.manifest.files if name.endswith(".onnx")]
+
+    def graph(self, name: str) -> bytes:
+        """The same of a graph, which is seen to hold nothing but what `scan_model` allows.
+
+        Raises:
+            BundleError: as `read`; a graph that is not what its name says.
+        """
+        data = self.read(name)
+        try:
+            check_graph(scan_model(data, name), self.manifest, name)
+        except BundleError as error:
+            raise BundleError(f"bundle {self.path}: {error}") from None
+        return data
 
 
 # Reading
@@ -185,17 +203,15 @@ def _read_folder(folder: Path) -> Bundle:
     _check_listing(manifest, present)
     content = {}
     for name, entry in manifest.files.items():
-        if name.endswith((".onnx", ".npz")):
+        if name == MODEL or name.endswith(".npz"):
             content[name] = _read_verified(folder / name, entry)
-        else:  # carried for others, not used here
+        else:  # read by who uses it
             _verify(folder / name, entry)
     # From here on every byte is what the manifest promised, and parsing may begin.
     calibration = unpack_calibration(content["calibration.npz"], manifest)
     golden = unpack_golden(content["golden.npz"], manifest)
-    for name in content:
-        if name.endswith(".onnx"):
-            check_graph(scan_model(content[name], name), manifest, name)
-    return Bundle(folder, manifest, content["model.onnx"], calibration, golden)
+    check_graph(scan_model(content[MODEL], MODEL), manifest, MODEL)
+    return Bundle(folder, manifest, content[MODEL], calibration, golden)
 
 
 def _list(folder: Path) -> set[str]:

@@ -184,6 +184,17 @@ class Session:
                 progress(stop - start)
         return Raw.concat(parts)
 
+    def rest(self, images: NDArray[np.uint8]) -> None:
+        """Score a few more, and give back the memory that all took; the next batch takes it again.
+
+        Args:
+            images: uint8 (N, H, W, C), N >= 1.
+        """
+        options = ort.RunOptions()
+        cuda = ";gpu:0" if self.provider == CUDA else ""
+        options.add_run_config_entry("memory.enable_memory_arena_shrinkage", f"cpu:0{cuda}")
+        self._session.run(self.outputs[:1], {"image": images}, options)
+
     def _run(self, images: NDArray[np.uint8], fetch: list[str]) -> Raw:
         try:
             found = dict(zip(fetch, self._session.run(fetch, {"image": images}), strict=True))

@@ -123,7 +123,7 @@ class Sampler:
     ) -> Sampler:
         """Read a bundle and open its sampler; arguments and errors as above."""
         bundle = read_bundle(path)
-        files = {name: bundle.read(name) for name in GRAPHS if name in bundle.manifest.files}
+        files = {name: bundle.graph(name) for name in GRAPHS if name in bundle.manifest.files}
         return cls(bundle.manifest, files, f"bundle {path}", device=device, threads=threads)
 
     @property

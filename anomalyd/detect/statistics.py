@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Protocol
 
@@ -234,8 +235,8 @@ class _Cloud:
     """Rows, and how far others are from the nearest of them."""
 
     def __init__(self, rows: Floats) -> None:
-        self._rows = rows
-        self._squares = np.square(rows).sum(axis=1)
+        # |a - b|^2 - |a|^2 = (a, 1) (-2 b, |b|^2): one product orders all rows b by distance.
+        self._rows = np.vstack([-2 * rows.T, np.square(rows).sum(axis=1)])
 
     def distance(self, at: Floats, *, skip: int = 0) -> Floats:
         """The mean distance of each row to the nearest ones, after the `skip` very nearest."""
@@ -243,12 +244,14 @@ class _Cloud:
         return np.concatenate(parts) if parts else np.empty(0)
 
     def _nearest(self, at: Floats, skip: int) -> Floats:
-        squares = np.square(at).sum(axis=1)[:, None] + self._squares - 2 * at @ self._rows.T
-        upto = min(NEIGHBOURS + skip, len(self._rows))
-        nearest = np.partition(squares, upto - 1, axis=1)[:, :upto]
+        apart = np.column_stack([at, np.ones(len(at))]) @ self._rows
+        upto = min(NEIGHBOURS + skip, self._rows.shape[1])
+        apart.partition(upto - 1, axis=1)
+        nearest = apart[:, :upto]
         if skip and upto > skip:
             nearest = np.sort(nearest, axis=1)[:, skip:]
-        mean: Floats = np.sqrt(np.maximum(nearest, 0)).mean(axis=1)
+        squares = nearest + np.square(at).sum(axis=1)[:, None]
+        mean: Floats = np.sqrt(np.maximum(squares, 0)).mean(axis=1)
         return mean
 
 
@@ -289,15 +292,12 @@ class _Gaussian:
     def __init__(self, values: Floats) -> None:
         self.values, count = np.unique(values, return_counts=True)
         first = np.cumsum(count) - count
-        quantile = NormalDist().inv_cdf
-        m = len(values)
-        self.quantiles = np.array(
-            [quantile((f + c / 2) / m) for f, c in zip(first, count, strict=True)]
-        )
+        # The rank of values that stand alone is a whole number and a half, of ties the middle.
+        self.quantiles = _quantiles(len(values))[2 * first + count - 1]
         low, high = np.quantile(values, [0.02, 0.98])
         # A column that hardly varies still gets a unit: its range, or one.
         spread = float(high - low) or float(self.values[-1] - self.values[0])
-        self.unit = spread / (2 * quantile(0.98)) or 1.0
+        self.unit = spread / (2 * NormalDist().inv_cdf(0.98)) or 1.0
 
     def __call__(self, values: Floats) -> Floats:
         inside = np.interp(values, self.values, self.quantiles)
@@ -306,6 +306,13 @@ class _Gaussian:
             above = np.maximum(values - self.values[-1], 0) / self.unit
         clipped: Floats = np.clip(inside + below + above, -self.FURTHEST, self.FURTHEST)
         return clipped
+
+
+@cache
+def _quantiles(m: int) -> Floats:
+    """The normal quantiles of 1 / 2m, 2 / 2m, ... (2m - 1) / 2m: of every mid-rank of m values."""
+    quantile = NormalDist().inv_cdf
+    return np.array([quantile(k / 2 / m) for k in range(1, 2 * m)])
 
 
 def _columns(nll: Floats, statistics: Statistics) -> Floats:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import statistics
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
@@ -58,10 +59,10 @@ class BatchFailed(Exception):
 
 
 class Pace:
-    """How long runs take: the best of the last few, apart for runs of 1, 2-3, 4-7, ... jobs.
+    """How long runs take: the median of the last few, apart for runs of 1, 2-3, 4-7, ... jobs.
 
-    The best, so that a machine that stalls for once refuses nobody; of the last few, so that one
-    that has become slow is known soon.
+    The median, so that a machine that stalls for once refuses nobody; of the last few, so that
+    one that has become slow is known soon.
 
     Args:
         most: jobs of the largest run.
@@ -80,7 +81,7 @@ class Pace:
         runs = self._runs.setdefault(size, deque(maxlen=self.LAST))
         runs.append(seconds / jobs)
         if len(runs) >= self.FEWEST:
-            self._each[size] = min(runs)
+            self._each[size] = statistics.median(runs)
 
     def seconds(self, jobs: int) -> float:
         """How long so many jobs will take; 0 while that is not known."""

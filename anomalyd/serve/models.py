@@ -291,6 +291,7 @@ def make_model(
         waited=observed.queue_seconds.observe,
     )
     _score(detector, [Job(_blank(detector), detector.alpha(None))])  # warm, and not counted
+    detector.session.rest(detector.bundle.golden.images[:1])
     return Model(*key, detector, batcher, observed)
 
 

@@ -125,7 +125,8 @@ def dithered(pixels: NDArray[np.uint8], levels: int, seed: Sequence[int]) -> NDA
     """
     place = pixels * np.float32((levels - 1) / 255)
     level = np.floor(place + np.random.default_rng(seed).random(pixels.shape, dtype=np.float32))
-    return np.round(level * np.float32(255 / (levels - 1))).astype(np.uint8)
+    # The least byte whose level it is: floor(byte L / 256) is the level again.
+    return np.ceil(level * np.float32(256 / levels)).astype(np.uint8)
 
 
 def per_tile(

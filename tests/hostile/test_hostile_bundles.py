@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
+from anomalyd.cli import main
 from anomalyd.detect.bundle import pack_calibration, pack_golden, read_bundle
 from anomalyd.detect.manifest import dump_manifest, parse_manifest
 from anomalyd.detect.onnxfile import MAX_FIELDS, check_graph, scan_model
@@ -31,10 +32,16 @@ def path(tmp_path) -> Path:
     return tiny.tiny_bundle(tmp_path)
 
 
+def read_all(path: Path) -> None:
+    bundle = read_bundle(path)
+    for name in bundle.graphs:
+        bundle.graph(name)
+
+
 def refused(path: Path, *says: str) -> None:
-    """Reading ends in one line that names the bundle and says all that."""
+    """Reading it, and its graphs, ends in one line that names the bundle and says all that."""
     with pytest.raises(BundleError) as caught:
-        read_bundle(path)
+        read_all(path)
     message = str(caught.value)
     assert message.startswith(f"bundle {path}: ")
     tiny.check_line(caught.value)
@@ -371,6 +378,15 @@ class TestKinds:
         path = tiny.tiny_autoencoder(tmp_path)
         tiny.put(path, name, tiny.tiny_sampler().SerializeToString())
         refused(path, f"{name}: belongs to a density, and kind is autoencoder; leave it out")
+
+    def test_every_graph_is_looked_at_before_it_is_run(self, tmp_path, capsys):
+        """A sampler that holds what no graph may: `bundle verify` and `sample` refuse it."""
+        path = tiny.tiny_bundle(tmp_path)
+        tiny.put(path, "sampler.onnx", with_subgraph_initialiser().SerializeToString())
+        for command in (["bundle", "verify"], ["sample"]):
+            out = ["--output", str(tmp_path / "grid.png")] if command == ["sample"] else []
+            assert main([*command, str(path), *out]) == 1
+            assert f"bundle {path}: sampler.onnx: " in capsys.readouterr().err
 
 
 def external(name: str = "w") -> TensorProto:
