@@ -115,6 +115,9 @@ class FakeSession:
             return Raw(np.full_like(raw.log_likelihood, self.floor), raw.statistics, raw.nll_map)
         return raw
 
+    def rest(self, images):
+        self.session.rest(images)
+
 
 def fake_daemon(bundle, **changes):
     """A daemon over a FakeSession."""

@@ -390,3 +390,23 @@ def test_no_command_shows_the_help(run):
     code, out, err = run()
     assert (code, out) == (2, "")
     assert err.startswith("Usage: anomalyd")
+
+
+@pytest.mark.parametrize(("asked", "threads"), [(None, "1"), ("2", "2")])
+def test_numpy_spins_on_no_core_that_the_model_needs(bundle, images, asked, threads):
+    """Products run in one thread, unless the environment says how many."""
+    code = (
+        "import sys; from anomalyd.cli import main; assert main(sys.argv[1:]) == 0\n"
+        "from threadpoolctl import threadpool_info as info\n"
+        "print(*{pool['num_threads'] for pool in info() if pool['internal_api'] == 'openblas'})"
+    )
+    environment = {k: v for k, v in os.environ.items() if "BLAS" not in k and "OMP" not in k}
+    done = subprocess.run(
+        [sys.executable, "-c", code, "score", str(bundle), str(images / "00.png")],
+        env=environment | ({} if asked is None else {"OPENBLAS_NUM_THREADS": asked}),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+
+    assert done.stdout.splitlines()[-1] == threads

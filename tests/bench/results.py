@@ -37,6 +37,7 @@ def measured(bundle: Bundle) -> dict[str, Any]:
     manifest, card = bundle.manifest, bundle.read("CARD.md").decode()
     recipe = parse_recipe(bundle.read("recipe.toml").decode(), str(bundle.path))
     command = re.search(r"^    (anomalyd (?:train|compose) .*)$", card, re.MULTILINE)
+    machine = re.search(r"^\| training \|.* images/s, (.*) \|$", card, re.MULTILINE)
     accuracy = re.search(r"accuracy ([0-9.]+) on|([0-9.]+) have their own class", card)
     return {
         "bundle": manifest.name,
@@ -48,6 +49,7 @@ def measured(bundle: Bundle) -> dict[str, Any]:
         "bits_per_dim": manifest.bits_per_dim["test"],
         "accuracy": float(accuracy[1] or accuracy[2]) if accuracy else None,
         "minutes": minutes_of(card) or None,
+        "machine": machine[1] if machine else "",
         "images_per_second": images_per_second(bundle),
         "command": command[1] if command else "",
     }
@@ -93,6 +95,8 @@ def line(row: dict[str, Any]) -> str:
     else:
         found = f"accuracy {row['accuracy']:.4f}" if row["accuracy"] else "no density"
     minutes = "" if row["minutes"] is None else f"{row['minutes']:.1f} min"
+    if (machine := row.get("machine", "")) and not machine.endswith("core"):
+        minutes += f", {machine.removeprefix('NVIDIA ').split()[0]}"
     cells = [
         row["bundle"],
         model,
