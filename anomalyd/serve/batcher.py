@@ -5,8 +5,8 @@
     request ─┘                 └─ as soon as the worker is free, or full ─────┘
 
 While the worker runs one batch the next one gathers, so batches grow with the load by
-themselves; `max_wait` adds a pause for company when the worker is idle. What would have to wait
-for too long by the time that runs have taken lately is refused before it waits, so that beyond
+themselves; `max_wait` adds a pause for company when the worker is idle. What would not be answered
+in time, by the time that runs have taken lately, is refused before it waits, so that beyond
 capacity those who are let in keep their latency.
 """
 
@@ -47,7 +47,7 @@ class QueueFull(Exception):
 
 
 class Late(QueueFull):
-    """The jobs would have to wait for longer than they may."""
+    """The jobs would have to wait for longer than they may, or make others wait."""
 
 
 class Expired(Exception):
@@ -122,7 +122,8 @@ class Batcher(Generic[Job, Answer]):
         max_wait: how long a job waits for company while the worker is idle, seconds.
         capacity: most jobs that wait; a further one is refused.
         most_bytes: most bytes that wait.
-        longest: jobs that would wait for longer by estimate are refused, seconds.
+        longest: jobs that would make the run they join end later than this after the run before
+            it began, by estimate, are refused, seconds.
         timeout: a job that has waited longer is not run, seconds.
         size: bytes of a job.
         waited: called with each job's time in the queue, seconds.
@@ -155,6 +156,7 @@ class Batcher(Generic[Job, Answer]):
         self._bytes = 0
         self._timer: asyncio.Handle | None = None
         self._busy = False
+        self._running = 0  # jobs in the present run
         self._free_at = 0.0
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="score")
 
@@ -177,11 +179,14 @@ class Batcher(Generic[Job, Answer]):
         return ahead
 
     def admit(self, jobs: int, timeout: float | None = None) -> None:
-        """Refuse unless `jobs` more fit and would be begun in time.
+        """Refuse unless `jobs` more fit and time allows.
 
         Raises:
             QueueFull: they do not fit.
-            Late: they would not be begun within `timeout` seconds, or the batcher's `longest`.
+            Late: they would not be begun within `timeout` seconds, or their run would end later
+                than the batcher's `longest`. Who came first for that run has waited since the run
+                before it, and each who joins it makes it longer: so both runs count in full, of
+                which a request's own images are one, for it knows what it asks for.
         """
         if not self._busy and not self._waiting:
             if jobs > self.capacity:
@@ -190,8 +195,9 @@ class Batcher(Generic[Job, Answer]):
         wait = self.wait
         if len(self._waiting) + jobs > self.capacity:
             raise QueueFull(wait)
-        longest = max(self._longest, FEWEST * self.pace.seconds(1))
-        if wait > (longest if timeout is None else min(longest, timeout)):
+        longest = max(self._longest, 2 * FEWEST * self.pace.seconds(1))
+        both = self.pace.seconds(self._running) + self.pace.seconds(len(self._waiting) + 1)
+        if both > longest or (timeout is not None and wait > timeout):
             raise Late(wait)
 
     def submit(self, job: Job, timeout: float | None = None) -> asyncio.Future[Answer]:
@@ -260,6 +266,7 @@ class Batcher(Generic[Job, Answer]):
         futures, jobs = self._take(now)
         if jobs:
             self._busy = True
+            self._running = len(jobs)
             self._free_at = now + self.pace.seconds(len(jobs))
             running = loop.run_in_executor(self._thread, self._run_checked, jobs)
             running.add_done_callback(partial(self._finish, loop, futures, now))
@@ -299,6 +306,7 @@ class Batcher(Generic[Job, Answer]):
         running: asyncio.Future[Sequence[Answer | _Failure]],
     ) -> None:
         self._busy = False
+        self._running = 0
         if running.cancelled():
             for future in futures:
                 future.cancel()

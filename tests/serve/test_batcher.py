@@ -327,29 +327,66 @@ def test_bytes_are_bounded():
     asyncio.run(scenario())
 
 
-def test_who_would_wait_too_long_is_refused_at_once():
-    """By the pace of earlier runs, and with the time that the wait will take."""
+def test_who_would_be_answered_too_late_is_refused_at_once():
+    """By the pace of earlier runs: the present run and the next one, with him, end in time."""
     worker = Gate()
 
     async def scenario():
-        batcher = batcher_of(worker, max_batch=1, longest=3.0)
+        batcher = batcher_of(worker, max_batch=16, longest=6.1)
         know(batcher, 0.6)
         futures = [batcher.submit(0)]
         await busy(batcher)
-        while batcher.wait <= 3.0:
+        for job in range(9):  # 0.6 of the present run, 5.4 of the next
             batcher.admit(1)
-            futures.append(batcher.submit(1))
+            futures.append(batcher.submit(job))
         with pytest.raises(Late) as caught:
             batcher.admit(1)
-        assert 3.0 < caught.value.wait <= 3.6
-        with pytest.raises(Late):
-            batcher.admit(1, timeout=0.5)
+        assert 5.4 < caught.value.wait <= 6.0
         worker.open.set()
         await asyncio.gather(*futures)
         batcher.close()
-        return len(futures)
 
-    assert asyncio.run(scenario()) in (5, 6)
+    asyncio.run(scenario())
+
+
+def test_who_comes_later_does_not_delay_those_who_wait():
+    """When the present run is nearly over, as few may join the next one as when it began."""
+    worker = Gate()
+
+    async def scenario():
+        batcher = batcher_of(worker, max_batch=16, longest=0.95)
+        know(batcher, 0.1)
+        futures = batcher.submit_all([0, 1])
+        await busy(batcher)
+        futures += batcher.submit_all(range(2, 9))  # 0.2 and 0.7
+        await asyncio.sleep(0.2)
+        assert batcher.wait < 0.75
+        with pytest.raises(Late):
+            batcher.admit(1)
+        worker.open.set()
+        await asyncio.gather(*futures)
+        batcher.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_client_who_will_not_wait_is_refused_at_once():
+    """A deadline of one's own counts to the time that a run begins."""
+    worker = Gate()
+
+    async def scenario():
+        batcher = batcher_of(worker, max_batch=1, longest=60.0)
+        know(batcher, 0.6)
+        futures = [batcher.submit(0)]
+        await busy(batcher)
+        batcher.admit(1, timeout=1.0)
+        with pytest.raises(Late):
+            batcher.admit(1, timeout=0.1)
+        worker.open.set()
+        await asyncio.gather(*futures)
+        batcher.close()
+
+    asyncio.run(scenario())
 
 
 def test_a_slow_model_has_room_for_a_few():
