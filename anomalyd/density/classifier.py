@@ -32,7 +32,8 @@ class Classified(NamedTuple):
 class Classifier(Model):
     """p(y|x) = softmax(W e(x) + b), e an `Encoder` and one hidden layer on its features and code.
 
-    Training shifts and mirrors images and drops features at random; nothing else does.
+    Training shifts and mirrors images and drops features at random. With `mirror`, where an image
+    and its reflection have one class, logits are the mean of both; training learns one at a time.
 
     References:
         Gradient-Based Learning Applied to Document Recognition (LeCun et al., 1998);
@@ -47,7 +48,7 @@ class Classifier(Model):
         hidden: dimensions E of e(x).
         dropout: share of the features, and of e(x), that a training step drops.
         shift: pixels by which training moves an image, at most, either way.
-        mirror: whether training mirrors every other image, left to right.
+        mirror: whether a reflection, left to right, changes no class.
 
     Raises:
         ValueError: fewer than two classes.
@@ -115,7 +116,14 @@ class Classifier(Model):
 
     def _classify(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return e(x), (N, E), and the logits, (N, K)."""
-        x = torch.cat(self.encoder(self.centred(self.quantise(images))), dim=1)
+        inputs = self.centred(self.quantise(images))
+        embedding, logits = self._once(inputs)
+        if self.mirror and not self.training:
+            logits = (logits + self._once(inputs.flip(3))[1]) / 2
+        return embedding, logits
+
+    def _once(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        x = torch.cat(self.encoder(inputs), dim=1)
         x = F.dropout(self.norm(x), self.dropout, self.training)
         embedding = F.relu(self.hidden(x))
         return embedding, self.out(F.dropout(embedding, self.dropout, self.training))

@@ -18,6 +18,7 @@ import base64
 import contextlib
 import http.client
 import json
+import math
 import os
 import random
 import shutil
@@ -142,7 +143,8 @@ def wrk(load: Load, seconds: float, connections: int = CONNECTIONS) -> Measured:
         body.write(load.body)
         body.flush()
         headers = ";".join(f"{name}={value}" for name, value in load.headers.items())
-        command = [program, "-t1", f"-c{connections}", f"-d{seconds:g}s", "--timeout", "30s"]
+        whole = math.ceil(seconds)  # wrk knows no other
+        command = [program, "-t1", f"-c{connections}", f"-d{whole}s", "--timeout", "30s"]
         done = subprocess.run(
             [*command, "-s", str(PEERS / "wrk.lua"), load.url],
             env=os.environ | {"BODY": body.name, "HEADERS": headers},

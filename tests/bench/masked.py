@@ -11,12 +11,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from anomalyd.density.base import Autoregressive, ImageShape
+from anomalyd.density.base import Autoregressive, ImageShape, Scores
 from anomalyd.density.gated_pixelcnn import GatedPixelCNN
 from anomalyd.density.layers import ClassBias, gate, position
 from anomalyd.density.likelihoods import Categorical
 
-__all__ = ["MaskedGatedPixelCNN", "from_gated"]
+__all__ = ["MaskedGatedPixelCNN", "NllAlone", "from_gated"]
 
 
 class MaskedConv(nn.Conv2d):
@@ -112,6 +112,20 @@ class MaskedGatedPixelCNN(Autoregressive):
         for layer in self.layers:
             v, h = layer(v, h, labels)
         return h.unflatten(0, (-1, classes))
+
+
+class NllAlone(nn.Module):
+    """Of what a density says of images, the likelihood and its map."""
+
+    def __init__(self, density: Autoregressive) -> None:
+        super().__init__()
+        self.density, self.shape = density, density.shape
+
+    def forward(self, image: Tensor) -> Scores:
+        """Score `image`, uint8 (N, H, W, C)."""
+        maps = self.density.nll_maps(image)
+        nll = maps.double().sum(dim=(2, 3)).float()
+        return Scores(-nll, nll, maps[:, 0])
 
 
 def from_gated(density: GatedPixelCNN) -> MaskedGatedPixelCNN:

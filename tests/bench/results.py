@@ -44,6 +44,7 @@ def measured(bundle: Bundle) -> dict[str, Any]:
         "model": recipe.model,
         "kind": manifest.kind,
         "classes": len(manifest.classes or ()),
+        "levels": manifest.image.levels,
         "likelihood": manifest.likelihood,
         "parameters": manifest.parameters,
         "bits_per_dim": manifest.bits_per_dim["test"],
@@ -88,6 +89,7 @@ def data(row: dict[str, Any]) -> str:
 def line(row: dict[str, Any]) -> str:
     """One row of the table."""
     model = row["model"] + (f", {row['classes']} classes" if row["classes"] else "")
+    model += f", {levels} levels" if (levels := row.get("levels", 256)) < 256 else ""
     if row["bits_per_dim"] is not None:
         found = f"{row['bits_per_dim']:.4f}"
         found += "" if row["likelihood"] == "exact" else f" ({row['likelihood']})"

@@ -128,6 +128,17 @@ def test_classifier_learns_from_labels_only():
             Classifier(GREY, classes)
 
 
+@pytest.mark.parametrize("mirror", [False, True])
+def test_a_reflection_has_the_same_class_where_that_is_said(mirror):
+    """With `mirror` an image and its reflection get one posterior; without, each its own."""
+    torch.manual_seed(0)
+    model, x = Classifier(GREY, 5, mirror=mirror).eval(), images(GREY)
+    both = [model(view).log_posterior for view in (x, x.flip(2))]
+
+    assert torch.allclose(*both, atol=1e-5) == mirror
+    torch.testing.assert_close(both[0].exp().sum(dim=1), torch.ones(4))
+
+
 def test_augmentation_moves_and_mirrors_whole_images():
     """Training sees every image moved by up to `shift` pixels, its edge repeated, or mirrored."""
     x = images(ImageShape(4, 5, 1), 1)
