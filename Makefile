@@ -41,7 +41,7 @@ soak: .venv/all
 # The numbers in README and cards, and the speed ratios; minutes, not seconds.
 bench: .venv/all debian $(PEERS:%=.venv-proofs/%/installed)
 	$(BIN)/python tests/bench/bench.py --data $(DATA)
-	for name in ratio workers; do $(BIN)/python tests/bench/bench_scale.py --data $(DATA) --only $$name; done
+	for name in ratio workers; do $(BIN)/python tests/bench/bench_scale.py --data $(DATA) --only $$name || exit; done
 
 # The tables of outliers in trained/README.md; some ten minutes a PixelCNN.
 protocol: .venv/all fonts
