@@ -20,6 +20,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # as the command line does
+
 import numpy as np
 from bench_serve import PARTS, Row, daemon, get, row
 from PIL import Image
