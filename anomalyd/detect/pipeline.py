@@ -1,6 +1,6 @@
 """The one path from a source to raw scores: calibrate, evaluate, score and embed all take it.
 
-    items -> slabs -> decode (a pool of threads) -> run (one thread) -> the caller, in order
+    items -> slabs -> decode (a pool of threads) -> run (the session's) -> the caller, in order
 
 While the caller works on one slab, onnxruntime runs the next and the pool decodes those after it;
 at most `AHEAD` slabs exist, so memory does not grow with the source; of photographs that are

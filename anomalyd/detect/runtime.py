@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -122,12 +123,14 @@ class Session:
     """A graph ready to run; safe to share between threads.
 
     Any number of images is split into batches of 2^k, so that onnxruntime sees few shapes, its
-    memory stays flat, and no slot is spent on padding.
+    memory stays flat, and no slot is spent on padding. Threads share the batches and not the
+    graph's nodes: these are so small that the threads would mostly wait for one another.
 
     Args:
         model: bytes of model.onnx, already scanned by `read_bundle`.
         device: "auto" takes CUDA where it works, "cpu", or "cuda" (an error where it does not).
-        threads: CPU threads; None takes what this process may use.
+        threads: batches that run side by side, each in one CPU thread; None takes as many as
+            this process may use. On CUDA one batch runs at a time.
         batch: the largest batch, a power of 2; None goes by the pixels of an image: activations
             that stay in a CPU's cache (32 thumbnails), eight times as many on CUDA.
 
@@ -144,8 +147,11 @@ class Session:
         threads: int | None = None,
         batch: int | None = None,
     ) -> None:
-        self._session = inference_session(model, device=device, threads=threads)
+        self._session = inference_session(model, device=device, threads=1)
         self.provider: str = self._session.get_providers()[0]
+        self._threads = 1 if self.provider == CUDA else threads or available_cpus()
+        # The caller's own thread is one of them.
+        self._helpers = ThreadPoolExecutor(max(1, self._threads - 1), thread_name_prefix="run")
         self.batch = batch or _batch(self._session.get_inputs()[0].shape, self.provider)
         self.outputs = [output.name for output in self._session.get_outputs()]
 
@@ -163,7 +169,7 @@ class Session:
             images: uint8 (N, H, W, C), N >= 1.
             nll_map: fetch the per-pixel map too.
             excess_map: fetch what of the per-pixel map was not expected too.
-            progress: called after each batch with the number of images in it.
+            progress: called after each batch, in any thread, with the number of images in it.
 
         Raises:
             BundleError: what was asked for is not in the graph, or the graph fails.
@@ -177,12 +183,29 @@ class Session:
             if "excess_map" not in self.outputs:
                 raise BundleError("model.onnx does not say what it expects (excess_map): no tiles")
             fetch.append("excess_map")
-        parts = []
-        for start, stop in self._batches(len(images)):
-            parts.append(self._run(images[start:stop], fetch))
-            if progress is not None:
-                progress(stop - start)
-        return Raw.concat(parts)
+        batches = list(self._batches(len(images)))
+        left = iter(batches)  # `next` is atomic
+        parts: dict[int, Raw] = {}
+
+        def work() -> None:
+            try:
+                for start, stop in left:
+                    parts[start] = self._run(images[start:stop], fetch)
+                    if progress is not None:
+                        progress(stop - start)
+            except BaseException:
+                list(left)  # the others need not go on
+                raise
+
+        helpers = min(self._threads, len(batches)) - 1
+        helping = [self._helpers.submit(work) for _ in range(helpers)]
+        try:
+            work()
+        finally:
+            wait(helping)
+        for helper in helping:
+            helper.result()
+        return Raw.concat([parts[start] for start, _ in batches])
 
     def rest(self, images: NDArray[np.uint8]) -> None:
         """Score a few more, and give back the memory that all took; the next batch takes it again.
@@ -206,8 +229,10 @@ class Session:
         return Raw(likelihood.astype(np.float64), **found)
 
     def _batches(self, n: int) -> Iterator[tuple[int, int]]:
+        """Where batches start and stop, the largest first, so that threads end together."""
         start = 0
-        size = self.batch
+        share = -(-n // self._threads)
+        size = min(self.batch, 1 << (share.bit_length() - 1))
         while start < n:
             while size > n - start:
                 size //= 2

@@ -144,12 +144,12 @@ class DensityOfStates:
 
     def __init__(self, fit: Fit) -> None:
         columns = _columns(fit.nll, fit.statistics)
-        self._ranks = _ranks(columns)
-        self._cloud = _Cloud(_compared(self._ranks, columns))
+        self._compared = _Gaussian(columns)
+        self._cloud = _Cloud(self._compared(columns))
 
     def __call__(self, nll: Floats, statistics: Statistics, codes: Codes | None = None) -> Floats:
         """Score N images: float64 (N,), at least 0, finite."""
-        return self._cloud.distance(_compared(self._ranks, _columns(nll, statistics)))
+        return self._cloud.distance(self._compared(_columns(nll, statistics)))
 
 
 class NearestNormals:
@@ -175,12 +175,12 @@ class NearestNormals:
         if fit.codes is None:
             raise BundleError(f"score {BY_CODE} needs the codes of the fit split")
         columns = _columns(fit.nll, fit.statistics)
-        self._ranks = _ranks(columns)
-        self._normals = _Normals(_compared(self._ranks, columns), fit.codes)
+        self._compared = _Gaussian(columns)
+        self._normals = _Normals(self._compared(columns), fit.codes)
 
     def __call__(self, nll: Floats, statistics: Statistics, codes: Codes | None = None) -> Floats:
         """Score N images: float64 (N,), finite."""
-        return self._normals(_compared(self._ranks, _columns(nll, statistics)), codes)
+        return self._normals(self._compared(_columns(nll, statistics)), codes)
 
 
 class ClassNearestNormals:
@@ -199,8 +199,8 @@ class ClassNearestNormals:
         if labels is None:
             raise BundleError(f"score {BY_CLASS} needs the labels of the fit split")
         columns = _columns(fit.nll, fit.statistics)
-        self._ranks = _ranks(columns)
-        rows = _compared(self._ranks, columns)
+        self._compared = _Gaussian(columns)
+        rows = self._compared(columns)
         owns = [labels == y for y in np.unique(labels)]
         common = [own for own in owns if own.sum() >= FEWEST]
         if len(common) < len(owns):
@@ -211,7 +211,7 @@ class ClassNearestNormals:
 
     def __call__(self, nll: Floats, statistics: Statistics, codes: Codes | None = None) -> Floats:
         """Score N images: float64 (N,), finite."""
-        rows = _compared(self._ranks, _columns(nll, statistics))
+        rows = self._compared(_columns(nll, statistics))
         least: Floats = np.min([normals(rows, codes) for normals in self._classes], axis=0)
         return least
 
@@ -260,19 +260,10 @@ class _Ranked:
 
     def __init__(self, rows: Floats) -> None:
         self._cloud = _Cloud(rows)
-        self._rank = _Gaussian(self._cloud.distance(rows, skip=1))
+        self._rank = _Gaussian(self._cloud.distance(rows, skip=1)[:, None])
 
     def __call__(self, at: Floats) -> Floats:
-        return self._rank(self._cloud.distance(at))
-
-
-def _ranks(columns: Floats) -> list[_Gaussian]:
-    return [_Gaussian(column) for column in columns.T]
-
-
-def _compared(ranks: list[_Gaussian], columns: Floats) -> Floats:
-    """Columns in the unit that they share."""
-    return np.stack([rank(c) for rank, c in zip(ranks, columns.T, strict=True)], axis=1)
+        return self._rank(self._cloud.distance(at)[:, None])[:, 0]
 
 
 def _directions(codes: Codes) -> Floats:
@@ -284,28 +275,36 @@ def _directions(codes: Codes) -> Floats:
 
 
 class _Gaussian:
-    """The normal quantile of a value's mid-rank among m values, and a line beyond them."""
+    """S columns, each value as the normal quantile of its mid-rank among m, and a line beyond."""
 
     FURTHEST = 1e4
     """In standard deviations; its square still adds up without loss."""
 
-    def __init__(self, values: Floats) -> None:
-        self.values, count = np.unique(values, return_counts=True)
-        first = np.cumsum(count) - count
-        # The rank of values that stand alone is a whole number and a half, of ties the middle.
-        self.quantiles = _quantiles(len(values))[2 * first + count - 1]
-        low, high = np.quantile(values, [0.02, 0.98])
+    def __init__(self, columns: Floats) -> None:
+        low, high = np.quantile(columns, [0.02, 0.98], axis=0)
+        self._least, self._most = columns.min(axis=0), columns.max(axis=0)
         # A column that hardly varies still gets a unit: its range, or one.
-        spread = float(high - low) or float(self.values[-1] - self.values[0])
-        self.unit = spread / (2 * NormalDist().inv_cdf(0.98)) or 1.0
+        spread = np.where(high > low, high - low, self._most - self._least)
+        unit = spread / (2 * NormalDist().inv_cdf(0.98))
+        self._units = np.where(unit > 0, unit, 1.0)
+        self._ranks = [_mid_ranks(column) for column in columns.T]
 
-    def __call__(self, values: Floats) -> Floats:
-        inside = np.interp(values, self.values, self.quantiles)
+    def __call__(self, columns: Floats) -> Floats:
         with np.errstate(over="ignore"):
-            below = np.minimum(values - self.values[0], 0) / self.unit
-            above = np.maximum(values - self.values[-1], 0) / self.unit
-        clipped: Floats = np.clip(inside + below + above, -self.FURTHEST, self.FURTHEST)
+            beyond = (columns - np.clip(columns, self._least, self._most)) / self._units
+        inside = np.empty_like(columns)
+        for column, ranks in enumerate(self._ranks):
+            inside[:, column] = np.interp(columns[:, column], *ranks)
+        clipped: Floats = np.clip(inside + beyond, -self.FURTHEST, self.FURTHEST)
         return clipped
+
+
+def _mid_ranks(values: Floats) -> tuple[Floats, Floats]:
+    """Distinct values in order, and the normal quantile of each one's mid-rank."""
+    distinct, count = np.unique(values, return_counts=True)
+    first = np.cumsum(count) - count
+    # The rank of values that stand alone is a whole number and a half, of ties the middle.
+    return distinct, _quantiles(len(values))[2 * first + count - 1]
 
 
 @cache

@@ -32,7 +32,10 @@ class ServeSettings:
         "auto", help="where the models run", choices=("auto", "cpu", "cuda"), metavar="DEVICE"
     )
     threads: int | None = setting(
-        None, help="CPU threads of one model (default: the CPUs this process may use)", low=1
+        None,
+        help="CPU threads of one model, each for images of its own (default: the CPUs this "
+        "process may use)",
+        low=1,
     )
     max_body_bytes: int = setting(32 << 20, help="largest request body, bytes", low=1)
     max_inflight_bytes: int = setting(

@@ -17,7 +17,7 @@ from outlier_sets import DATA, images_of, names, outlier_set
 from anomalyd.detect.conformal import p_table, p_values
 from anomalyd.detect.detector import Detector
 from anomalyd.detect.measures import auroc
-from anomalyd.detect.statistics import Fit, _columns, _compared, _directions, make_score
+from anomalyd.detect.statistics import Fit, _columns, _directions, make_score
 from anomalyd.images import content_hash
 from anomalyd.sources import open_source
 
@@ -73,10 +73,10 @@ def ways(detector: Detector):
     fit = detector.calibration.fit
     alone = make_score("density_of_states", Fit(fit.nll, fit.statistics))
     parts = make_score("nearest_normals", fit)
-    normals, ranks = parts._normals, parts._ranks  # its two halves
+    normals = parts._normals  # its two halves
 
     def halves(raw):
-        rows = _compared(ranks, _columns(detector.nll(raw), raw.statistics))
+        rows = parts._compared(_columns(detector.nll(raw), raw.statistics))
         return normals._states(rows), normals._codes(_directions(raw.embedding))
 
     return {

@@ -13,7 +13,7 @@ import sys
 import numpy as np
 import pytest
 import tiny
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -298,18 +298,37 @@ def test_features_come_from_graphs_that_have_them():
     assert without.run(images).embedding is None
 
 
-def test_progress_is_told_batch_by_batch():
+@pytest.mark.parametrize(
+    ("threads", "batches"), [(1, [8, 8, 4, 1]), (2, [8, 8, 4, 1]), (4, [4] * 5 + [1])]
+)
+def test_progress_is_told_batch_by_batch(threads, batches):
     """The numbers add up to the images, and what the caller raises ends the run."""
-    session = Session(tiny.tiny_model().SerializeToString(), device="cpu", batch=8)
+    graph = tiny.tiny_model().SerializeToString()
+    session = Session(graph, device="cpu", threads=threads, batch=8)
     done = []
     session.run(tiny.draw(21), progress=done.append)
-    assert done == [8, 8, 4, 1]
+    assert sorted(done, reverse=True) == batches
+    told = []
 
-    def stop(_):
+    def stop(images):
+        told.append(images)
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        session.run(tiny.draw(21), progress=stop)
+        session.run(tiny.draw(800), progress=stop)
+    assert len(told) <= threads
+
+
+@given(st.integers(1, 70), st.integers(1, 5))
+@settings(max_examples=40, deadline=None)
+def test_threads_share_the_batches_and_keep_the_order(n, threads):
+    """However many threads there are, each image gets its own answer."""
+    images = tiny.draw(n)
+    session = Session(
+        tiny.tiny_model().SerializeToString(), device="cpu", threads=threads, batch=8
+    )
+    log_p = session.run(images).log_likelihood[:, 0]
+    np.testing.assert_allclose(log_p, -tiny.nll(images), rtol=1e-5)
 
 
 def test_what_onnxruntime_refuses_is_a_bundle_error():
