@@ -115,15 +115,21 @@ class Classifier(Model):
         return F.cross_entropy(self._classify(images)[1], labels, reduction="none")
 
     def _classify(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return e(x), (N, E), and the logits, (N, K)."""
         inputs = self.centred(self.quantise(images))
-        embedding, logits = self._once(inputs)
-        if self.mirror and not self.training:
-            logits = (logits + self._once(inputs.flip(3))[1]) / 2
+        return self.noisy_logits(inputs) if self.training else self.logits(inputs)
+
+    def logits(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Map (N, C, H, W) in [-1, 1] to e(x), (N, E), and the logits, (N, K)."""
+        embedding, logits = self._once(inputs, 0.0)
+        if self.mirror:
+            logits = (logits + self._once(inputs.flip(3), 0.0)[1]) / 2
         return embedding, logits
 
-    def _once(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+    def noisy_logits(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Do the same with features dropped, of the image as it is."""
+        return self._once(inputs, self.dropout)
+
+    def _once(self, inputs: Tensor, dropout: float) -> tuple[Tensor, Tensor]:
         x = torch.cat(self.encoder(inputs), dim=1)
-        x = F.dropout(self.norm(x), self.dropout, self.training)
-        embedding = F.relu(self.hidden(x))
-        return embedding, self.out(F.dropout(embedding, self.dropout, self.training))
+        embedding = F.relu(self.hidden(F.dropout(self.norm(x), dropout)))
+        return embedding, self.out(F.dropout(embedding, dropout))

@@ -122,7 +122,8 @@ class Variational(Density):
         nll_maps, layers = self._drawn(images, self.noise[:, None, None])
         nll_map = nll_maps.mean(dim=0)
         log_p = self._bound(nll_maps, layers)
-        divergences = torch.stack([layer.kl().mean(dim=0).float() for layer in layers], dim=2)
+        kls = torch.broadcast_tensors(*(layer.kl().mean(dim=0).float() for layer in layers))
+        divergences = torch.stack(kls, dim=2)
         best = log_p.argmax(dim=1).reshape(-1, 1, 1).expand(-1, 1, len(layers))
         top = layers[-1].q
         mu, log_sigma = top.mu[0, :, 0], top.log_sigma[0, :, 0]

@@ -309,9 +309,10 @@ def _run(job: _Job, out: Path, folder: Path, workers: Workers, *, device: str) -
 def _start_from(model: Model, recipe: Recipe, init: Path) -> None:
     """Take the weights of a bundle: all of them, or of another model those that fit."""
     weights = bundles.read_bundle(init).read("weights.safetensors")
-    taken = start_from(model, unpack_weights(weights, str(init)))
+    theirs = recipe_of(init).model
+    prefix = "labeller." if theirs == "classifier" else ""
+    taken = start_from(model, unpack_weights(weights, str(init)), prefix)
     if len(taken) < len(model.state_dict()):
-        theirs = recipe_of(init).model
         say(f"{len(taken)} tensors of {init} ({theirs}) are the start of this {recipe.model}")
 
 

@@ -30,6 +30,7 @@ MODELS = {
     "diagonal-bilstm": "anomalyd.density.pixelrnn:DiagonalBiLSTM",
     "multiscale": "anomalyd.density.multiscale:Multiscale",
     "vae": "anomalyd.density.vae:VAE",
+    "ccvae": "anomalyd.density.ccvae:CCVAE",
     "hvae": "anomalyd.density.hvae:HVAE",
     "autoencoder": "anomalyd.density.autoencoder:Autoencoder",
     "classifier": "anomalyd.density.classifier:Classifier",
@@ -81,7 +82,9 @@ def assemble(
         classifier = build("classifier", spec, recipe.classifier or {}, classes)
         return Composed(model, classifier, priors)  # type: ignore[arg-type]
     for part in recipe.train.frozen:
-        check_key(part, [name for name, _ in model.named_children()], "recipe [train] frozen")
+        check_key(
+            part, [name for name, _ in model.named_modules() if name], "recipe [train] frozen"
+        )
         model.get_submodule(part).requires_grad_(False)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UsageError("recipe [train] frozen: nothing is left to train; name fewer parts")

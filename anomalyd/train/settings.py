@@ -14,7 +14,7 @@ class TrainSettings:
     """The [train] table of a recipe."""
 
     frozen: tuple[str, ...] = setting(
-        (), help="parts that keep the weights they start with, such as main"
+        (), help="parts that keep the weights they start with, such as main or main.labeller"
     )
     epochs: float = setting(10.0, help="passes over the training split; 0 trains nothing", low=0.0)
     batch_size: int = setting(16, help="images a step", low=1)

@@ -53,10 +53,11 @@ def load_weights(model: Model, data: bytes, where: str) -> None:
         ) from error
 
 
-def start_from(model: Model, weights: dict[str, Tensor]) -> list[str]:
+def start_from(model: Model, weights: dict[str, Tensor], prefix: str = "") -> list[str]:
     """Copy the tensors that `model` has under the same name in the same shape.
 
     A density and the same one with companions, or a VAE that is one, differ by a prefix alone.
+    Where `model` has parts under `prefix`, they come first.
 
     Returns:
         the names in `model` of what was taken, such as `encoder.convs.0.weight`.
@@ -65,6 +66,8 @@ def start_from(model: Model, weights: dict[str, Tensor]) -> list[str]:
         TrainingError: nothing fits.
     """
     own, taken = model.state_dict(), {}
+    if prefix and any(prefix in name for name in own):
+        weights = {prefix + name: value for name, value in weights.items()}
     for name, value in weights.items():
         for alias in (name, f"main.{name}", name.removeprefix("main."), name.removeprefix("vae.")):
             if alias not in taken and alias in own and own[alias].shape == value.shape:

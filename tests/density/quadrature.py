@@ -1,4 +1,4 @@
-"""Exact log p(x) of tiny densities with one or two latent dimensions."""
+"""Exact log p(x) of tiny densities with one to three latent dimensions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from anomalyd.density.variational import Variational
 @torch.no_grad()
 def exact_log_p(density: Variational, images: Tensor, label: int | None = None) -> Tensor:
     """log of the integral of p(x|z) over the noise that z is drawn by: (N,) float64, nats."""
-    axis = torch.linspace(-7, 7, {1: 1401, 2: 141}[density.latent])
+    axis = torch.linspace(-7, 7, {1: 1401, 2: 141, 3: 41}[density.latent])
     noise = torch.tensor(list(itertools.product(axis.tolist(), repeat=density.latent)))
     labels = None if label is None else torch.full((len(noise),), label)
     any_image = images[:1].expand(len(noise), -1, -1, -1)  # grey: no value depends on another

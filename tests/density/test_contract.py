@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from anomalyd.density.base import Density, ImageShape
+from anomalyd.density.base import Bayes, Density, ImageShape
+from anomalyd.density.ccvae import CCVAE
 from anomalyd.density.companions import Companions
 from anomalyd.density.gated_pixelcnn import GatedPixelCNN
 from anomalyd.density.hvae import HVAE
@@ -60,6 +61,14 @@ def vae(shape: ImageShape, **options) -> VAE:
     return VAE(shape, **({"features": 4, "latent": 3, "components": 3} | options))
 
 
+def ccvae(shape: ImageShape, **options) -> CCVAE:
+    torch.manual_seed(0)
+    tiny = {"features": 4, "latent": 3, "label_features": 4, "label_hidden": 5, "components": 3}
+    density = CCVAE(shape, **({"classes": 3} | tiny | options))
+    density.bayes = Bayes(1.0)  # the labeller learns from labels alone
+    return density
+
+
 def hvae(shape: ImageShape, **options) -> HVAE:
     torch.manual_seed(0)
     tiny = {"features": 4, "latents": (3, 2), "hidden": 8, "components": 3}
@@ -98,6 +107,9 @@ DENSITIES = AUTOREGRESSIVE | {
     "vae-iwae-classes": (vae, RGB, {"classes": 2, "bound": "iwae", "samples": 2}),
     "companions-grey": (companions, GREY, {"pixel": "hierarchical"}),
     "companions-rgb-classes": (companions, RGB, {"classes": 3}),
+    "ccvae-grey": (ccvae, GREY, {}),
+    "ccvae-rgb": (ccvae, RGB, {"mirror": True, "pixel": "hierarchical"}),
+    "ccvae-iwae": (ccvae, ImageShape(7, 9, 1), {"bound": "iwae", "samples": 3}),
     "hvae-grey": (hvae, GREY, {}),
     "hvae-three-layers": (hvae, RGB, {"latents": (4, 3, 2), "pixel": "hierarchical"}),
     "hvae-iwae": (hvae, ImageShape(7, 9, 1), {"bound": "iwae", "samples": 3}),
@@ -279,6 +291,7 @@ def test_log_likelihood_survives_extreme_weights():
         (vae, GREY, {"bound": "chain"}, "elbo or iwae"),
         (vae, GREY, {"samples": 0}, "at least 1"),
         (hvae, ImageShape(3, 8, 1), {}, "4x4"),
+        (ccvae, GREY, {"classes": 0}, "at least 2 classes"),
     ],
 )
 def test_impossible_options_are_refused_with_a_reason(make, shape, options, words):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from daemons import check_problem, encoded, serve
 
 from anomalyd.cli import main
@@ -17,6 +18,7 @@ from anomalyd.errors import AlphaUnreachable, UsageError
 from anomalyd.sources import open_source
 from anomalyd.train.commands import export, train
 from anomalyd.train.compose import compose
+from anomalyd.train.weights import unpack_weights
 
 TRAIN = "[train]\nbatch_size = 32\ncheckpoint_seconds = 0.0\nepochs = 2.0\n"
 SMALL = "features = 4\nlatent = 8\n"
@@ -57,6 +59,14 @@ def parts(data, folder) -> tuple[Path, Path]:
 
 
 @pytest.fixture(scope="module")
+def labelled(data, folder, parts) -> Path:
+    """p(x|y) around a classifier that was trained before and stays as it is."""
+    density = f"{SMALL}outputs = 4\ncomponents = 2\nlabel_features = 4\nlabel_hidden = 8\n"
+    more = 'frozen = ["labeller"]\nbayes = 100.0\n'
+    return made("ccvae", data, folder, density, more, labels=True, init=parts[0])
+
+
+@pytest.fixture(scope="module")
 def composed(parts, folder) -> Path:
     assert compose(*parts, out=folder / "composed", data=None, licence=None) == 0
     return folder / "composed"
@@ -68,7 +78,7 @@ def images(data) -> np.ndarray:
     return np.stack([item.payload for item in items])[:40, ..., None]
 
 
-@pytest.mark.parametrize("which", ["bayes", "composed"])
+@pytest.mark.parametrize("which", ["bayes", "labelled", "composed"])
 def test_a_verdict_has_a_label_or_a_reason(which, images, request):
     """A posterior over all classes; null and a reason where rejected; novel is an outlier."""
     detector = Detector.load(request.getfixturevalue(which), threads=1)
@@ -82,6 +92,19 @@ def test_a_verdict_has_a_label_or_a_reason(which, images, request):
         if verdict.label is not None:
             assert verdict.label == max(verdict.posterior, key=verdict.posterior.get)
     assert {"label", "posterior", "rejected"} <= verdicts[0].to_dict().keys()
+
+
+def test_a_density_with_a_labeller_keeps_the_classifier_it_starts_from(labelled, parts):
+    """Frozen by its dotted name, it has the classifier's weights when the rest was trained."""
+    ours, theirs = (
+        unpack_weights(read_bundle(path).read("weights.safetensors"), "")
+        for path in (labelled, parts[0])
+    )
+    prefix = "labeller."
+    kept = {n.removeprefix(prefix): w for n, w in ours.items() if n.startswith(prefix)}
+    assert kept.keys() == theirs.keys()
+    assert all(torch.allclose(kept[name], theirs[name]) for name in theirs)
+    assert f"--init {parts[0]}" in read_bundle(labelled).read("CARD.md").decode()
 
 
 def test_composition_keeps_the_density_and_the_classifier(composed, parts, images):
