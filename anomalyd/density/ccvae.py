@@ -46,8 +46,9 @@ class CCVAE(Variational):
         components: logistics in the mixture, where that is chosen.
         bound: `elbo` or `iwae`.
         samples: S, noise vectors in the bank.
-        label_features: `features` of the labeller, a `Classifier`; `label_blocks`, `label_hidden`,
-            `dropout` and `mirror` are its `blocks`, `hidden`, `dropout` and `mirror`.
+        label_features: `features` of the labeller, a `Classifier`; `label_latent`, `label_blocks`
+            and `label_hidden` are its `latent`, `blocks` and `hidden`, `dropout` and `mirror` its
+            own.
 
     Raises:
         ValueError: fewer than two classes.
@@ -69,6 +70,7 @@ class CCVAE(Variational):
         bound: str = "elbo",
         samples: int = 1,
         label_features: int = 16,
+        label_latent: int = 32,
         label_blocks: int = 0,
         label_hidden: int = 128,
         dropout: float = 0.3,
@@ -79,6 +81,7 @@ class CCVAE(Variational):
             shape,
             classes,
             features=label_features,
+            latent=label_latent,
             blocks=label_blocks,
             hidden=label_hidden,
             dropout=dropout,

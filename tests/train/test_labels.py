@@ -61,7 +61,8 @@ def parts(data, folder) -> tuple[Path, Path]:
 @pytest.fixture(scope="module")
 def labelled(data, folder, parts) -> Path:
     """p(x|y) around a classifier that was trained before and stays as it is."""
-    density = f"{SMALL}outputs = 4\ncomponents = 2\nlabel_features = 4\nlabel_hidden = 8\n"
+    density = f"{SMALL}outputs = 4\ncomponents = 2\nlabel_features = 4\n"
+    density += "label_latent = 8\nlabel_hidden = 8\n"
     more = 'frozen = ["labeller"]\nbayes = 100.0\n'
     return made("ccvae", data, folder, density, more, labels=True, init=parts[0])
 
