@@ -156,7 +156,7 @@ class Batcher(Generic[Job, Answer]):
         self._bytes = 0
         self._timer: asyncio.Handle | None = None
         self._busy = False
-        self._running = 0  # jobs in the present run
+        self._run_takes = 0.0  # the present run, by estimate, seconds
         self._free_at = 0.0
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="score")
 
@@ -192,13 +192,12 @@ class Batcher(Generic[Job, Answer]):
             if jobs > self.capacity:
                 raise QueueFull
             return
-        wait = self.wait
         if len(self._waiting) + jobs > self.capacity:
-            raise QueueFull(wait)
-        longest = max(self._longest, 2 * FEWEST * self.pace.seconds(1))
-        both = self.pace.seconds(self._running) + self.pace.seconds(len(self._waiting) + 1)
-        if both > longest or (timeout is not None and wait > timeout):
-            raise Late(wait)
+            raise QueueFull(self.wait)
+        both = self._run_takes + self.pace.seconds(len(self._waiting) + 1)
+        too_long = both > self._longest and both > 2 * FEWEST * self.pace.seconds(1)
+        if too_long or (timeout is not None and self.wait > timeout):
+            raise Late(self.wait)
 
     def submit(self, job: Job, timeout: float | None = None) -> asyncio.Future[Answer]:
         """Queue a job; as `submit_all`."""
@@ -266,8 +265,8 @@ class Batcher(Generic[Job, Answer]):
         futures, jobs = self._take(now)
         if jobs:
             self._busy = True
-            self._running = len(jobs)
-            self._free_at = now + self.pace.seconds(len(jobs))
+            self._run_takes = self.pace.seconds(len(jobs))
+            self._free_at = now + self._run_takes
             running = loop.run_in_executor(self._thread, self._run_checked, jobs)
             running.add_done_callback(partial(self._finish, loop, futures, now))
 
@@ -306,7 +305,7 @@ class Batcher(Generic[Job, Answer]):
         running: asyncio.Future[Sequence[Answer | _Failure]],
     ) -> None:
         self._busy = False
-        self._running = 0
+        self._run_takes = 0.0
         if running.cancelled():
             for future in futures:
                 future.cancel()

@@ -144,6 +144,7 @@ def training_speed(data: Path) -> Iterator[Row]:
     from anomalyd.train.models import build
     from anomalyd.train.recipe import default_recipe
     from anomalyd.train.splits import split
+    from anomalyd.train.workers import ALONE
 
     images = images_of(data, "fashion-mnist", 2000)
     torch.set_num_threads(os.cpu_count() or 1)
@@ -153,7 +154,7 @@ def training_speed(data: Path) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as folder:
         model = build("gated-pixelcnn", ImageSpec(28, 28, 1), options)
         rows = split(hashes, [None] * len(hashes))
-        run = _Run(model, images, None, rows, settings, Path(folder), torch.device("cpu"))
+        run = _Run(model, images, None, rows, settings, Path(folder), torch.device("cpu"), ALONE)
         run.budget = 10**6
         for _ in range(3):
             run.train_step()

@@ -107,7 +107,7 @@ def combinations(fit: NDArray[np.float64]) -> dict[str, Callable[[NDArray[np.flo
     dose = DensityOfStates(Fit(fit[:, 0], fit[:, 1:]))
 
     def ranked(x: NDArray[np.float64]) -> NDArray[np.float64]:
-        return dose._transform(x)
+        return dose._compared(x)
 
     normal = ranked(fit)
     mean = normal.mean(axis=0)
@@ -148,7 +148,9 @@ def main() -> None:
     hashes = np.array([content_hash(image) for image in train], np.uint64)
     rows = split(hashes, [None] * len(train), seed=recipe.train.seed).fit[: 3 * given.limit]
     fit = candidates(density, train[rows])
-    test = candidates(density, images_of(base, given.limit, 1, given.data))
+    shape, rng = bundle.manifest.image, np.random.default_rng(0)
+    normals = images_of(base, (shape.height, shape.width, 1), given.limit, rng, given.data)
+    test = candidates(density, normals)
     other = "mnist" if base == "fashion-mnist" else "fashion-mnist"
     sets = {
         name: candidates(
