@@ -123,6 +123,10 @@ class CCVAE(Variational):
         w = _gaussian(self.prior[labels]).at(label_noise)
         return self.decoder(torch.cat([w, z], dim=1))
 
+    def code(self, layers: list[Layer]) -> Tensor:
+        """Return the means of w and z, (N, K + Z)."""
+        return torch.cat([layer.q.mu[0, :, 0] for layer in layers], dim=1)
+
     def class_evidence(self, images: Tensor) -> Tensor:
         """Return -KL(q(w|x) || p(w|y)) of each class, as the labeller learns it: (N, K)."""
         with precise(images):

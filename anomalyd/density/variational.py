@@ -138,8 +138,12 @@ class Variational(Density):
             log_likelihood=log_p.float(),
             statistics=torch.cat(statistics, dim=1),
             nll_map=nll_map,
-            embedding=mu,
+            embedding=self.code(layers),
         )
+
+    def code(self, layers: list[Layer]) -> Tensor:
+        """Return what the image is known by among codes, (N, E): the mean of the top layer."""
+        return layers[-1].q.mu[0, :, 0]
 
     def losses(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
         """Return the negative bound of each image under the fixed bank, in bits/dim: (N,)."""

@@ -102,11 +102,11 @@ def test_samples_of_a_class_come_from_its_own_prior():
 
 
 def test_graph_says_what_the_model_says():
-    """One call of the exported graph gives (N, K) bounds, the statistics and the code of z."""
+    """One call of the exported graph gives (N, K) bounds, the statistics and both codes."""
     density, x = ccvae(mirror=True), images()
     graph = to_onnx(density)
     check_parity(density, graph, x.numpy())
     raw = Session(graph, device="cpu", threads=1).run(x.numpy())
 
     assert raw.log_likelihood.shape == (4, 3)
-    assert raw.embedding.shape == (4, 3)
+    assert raw.embedding.shape == (4, 3 + 3)
