@@ -1,13 +1,13 @@
 """Many single requests, few runs of the model.
 
-    request ─┐                 ┌─> one worker thread ─> run([job, job, job]) ─┐
-    request ─┼─> bounded queue ┤      (the event loop goes on meanwhile)      ├─> each its answer
-    request ─┘                 └─ as soon as the worker is free, or full ─────┘
+    request ─┐                 ┌─> run([job, job, job]) ─> judge ─┐
+    request ─┼─> bounded queue ┤   (one thread)       (another)   ├─> each its answer
+    request ─┘                 └─ as soon as none runs, or full ──┘
 
-While the worker runs one batch the next one gathers, so batches grow with the load by
-themselves; `max_wait` adds a pause for company when the worker is idle. What would not be answered
-in time, by the time that runs have taken lately, is refused before it waits, so that beyond
-capacity those who are let in keep their latency.
+While one batch runs the one before is judged and the next one gathers, so batches grow with the
+load by themselves; `max_wait` adds a pause for company when nothing runs. What would not be
+answered in time, by the time that runs have taken lately, is refused before it waits, so that
+beyond capacity those who are let in keep their latency.
 """
 
 from __future__ import annotations
@@ -15,18 +15,20 @@ from __future__ import annotations
 import asyncio
 import logging
 import statistics
+import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 __all__ = ["BatchFailed", "Batcher", "Expired", "Late", "Pace", "QueueFull"]
 
 Job = TypeVar("Job")
 Answer = TypeVar("Answer")
+Outcome = Any  # of a run; only `judge` looks into it
 
 logger = logging.getLogger(__name__)
 
@@ -116,8 +118,10 @@ class Batcher(Generic[Job, Answer]):
     Belongs to the event loop that submits to it; only `run` leaves that loop's thread.
 
     Args:
-        run: from jobs to as many answers in the same order; called in one thread, one at a time.
-            Where it raises for several jobs, each is run alone, so that one bad job fails alone.
+        run: the costly half, from jobs to whatever `judge` takes; called one at a time.
+        judge: from jobs and what their run gave to as many answers in the same order, while the
+            next batch runs. Where either half raises for several jobs, each goes through both
+            alone, so that one bad job fails alone.
         max_batch: most jobs in a batch.
         max_wait: how long a job waits for company while the worker is idle, seconds.
         capacity: most jobs that wait; a further one is refused.
@@ -131,7 +135,8 @@ class Batcher(Generic[Job, Answer]):
 
     def __init__(
         self,
-        run: Callable[[list[Job]], Sequence[Answer]],
+        run: Callable[[list[Job]], Outcome],
+        judge: Callable[[list[Job], Outcome], Sequence[Answer]] = lambda jobs, answers: answers,
         *,
         max_batch: int,
         max_wait: float,
@@ -143,6 +148,7 @@ class Batcher(Generic[Job, Answer]):
         waited: Callable[[float], None] = lambda seconds: None,
     ) -> None:
         self._run = run
+        self._judge = judge
         self._max_batch = max_batch
         self._max_wait = max_wait
         self._timeout = timeout
@@ -155,10 +161,12 @@ class Batcher(Generic[Job, Answer]):
         self._waiting: OrderedDict[asyncio.Future[Answer], _Waiting[Job]] = OrderedDict()
         self._bytes = 0
         self._timer: asyncio.Handle | None = None
-        self._busy = False
+        self._busy = self._closed = False
         self._run_takes = 0.0  # the present run, by estimate, seconds
         self._free_at = 0.0
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="score")
+        self._one = threading.Lock()  # also against the other thread, which runs failed jobs again
+        self._runner = ThreadPoolExecutor(1, thread_name_prefix="score")
+        self._judging = ThreadPoolExecutor(1, thread_name_prefix="judge")
 
     @property
     def depth(self) -> int:
@@ -230,8 +238,7 @@ class Batcher(Generic[Job, Answer]):
             future: asyncio.Future[Answer] = loop.create_future()
             self._waiting[future] = _Waiting(job, now, until, size)
             futures.append(future)
-        if not self._busy:
-            self._wake(loop)
+        self._wake(loop)
         return futures
 
     def drop(self, future: asyncio.Future[Answer]) -> None:
@@ -246,11 +253,13 @@ class Batcher(Generic[Job, Answer]):
         """Wait for the batch that is being run; start no other."""
         if self._timer is not None:
             self._timer.cancel()
-        self._busy = True
-        self._thread.shutdown(cancel_futures=True)
+        self._closed = True
+        self._runner.shutdown(cancel_futures=True)
 
     def _wake(self, loop: asyncio.AbstractEventLoop) -> None:
         """Start a batch now if one is full, soon if one may still grow."""
+        if self._busy or self._closed:
+            return
         if len(self._waiting) >= self._max_batch:
             self._start(loop)
         elif self._timer is None and self._waiting:
@@ -267,8 +276,8 @@ class Batcher(Generic[Job, Answer]):
             self._busy = True
             self._run_takes = self.pace.seconds(len(jobs))
             self._free_at = now + self._run_takes
-            running = loop.run_in_executor(self._thread, self._run_checked, jobs)
-            running.add_done_callback(partial(self._finish, loop, futures, now))
+            running = loop.run_in_executor(self._runner, self._ran, jobs)
+            running.add_done_callback(partial(self._free, loop, futures, jobs, now))
 
     def _take(self, now: float) -> tuple[list[asyncio.Future[Answer]], list[Job]]:
         futures: list[asyncio.Future[Answer]] = []
@@ -286,33 +295,53 @@ class Batcher(Generic[Job, Answer]):
             jobs.append(waiting.job)
         return futures, jobs
 
-    def _run_checked(self, jobs: list[Job]) -> Sequence[Answer | _Failure]:
+    def _ran(self, jobs: list[Job]) -> Outcome | _Failure:
         try:
-            answers = self._run(jobs)
-            if len(answers) != len(jobs):
-                raise RuntimeError(f"{len(jobs)} jobs gave {len(answers)} answers")
+            with self._one:
+                return self._run(jobs)
         except Exception as error:  # noqa: BLE001  # each job alone will show whose fault it is
-            if len(jobs) == 1:
-                return [_Failure(error)]
-            return [answer for job in jobs for answer in self._run_checked([job])]
-        return answers
+            return _Failure(error)
 
-    def _finish(
+    def _free(
         self,
         loop: asyncio.AbstractEventLoop,
         futures: list[asyncio.Future[Answer]],
+        jobs: list[Job],
         started: float,
-        running: asyncio.Future[Sequence[Answer | _Failure]],
+        running: asyncio.Future[Outcome | _Failure],
     ) -> None:
+        """A run has ended: start the next one first, then have this one judged."""
         self._busy = False
         self._run_takes = 0.0
         if running.cancelled():
             for future in futures:
                 future.cancel()
             return
-        self.pace.note(len(futures), time.perf_counter() - started)
+        self.pace.note(len(jobs), time.perf_counter() - started)
+        self._wake(loop)
+        judging = loop.run_in_executor(self._judging, self._judged, jobs, running.result())
+        judging.add_done_callback(partial(self._answer, futures))
+
+    def _judged(self, jobs: list[Job], outcome: Outcome | _Failure) -> Sequence[Answer | _Failure]:
+        try:
+            if isinstance(outcome, _Failure):
+                raise outcome.error
+            answers = self._judge(jobs, outcome)
+            if len(answers) != len(jobs):
+                raise RuntimeError(f"{len(jobs)} jobs gave {len(answers)} answers")
+        except Exception as error:  # noqa: BLE001  # as above
+            if len(jobs) == 1:
+                return [_Failure(error)]
+            return [self._judged([job], self._ran([job]))[0] for job in jobs]
+        return answers
+
+    def _answer(
+        self,
+        futures: list[asyncio.Future[Answer]],
+        judging: asyncio.Future[Sequence[Answer | _Failure]],
+    ) -> None:
         failures = []
-        for future, answer in zip(futures, running.result(), strict=True):
+        for future, answer in zip(futures, judging.result(), strict=True):
             if isinstance(answer, _Failure):
                 failures.append(answer.error)
             if future.done():
@@ -326,4 +355,3 @@ class Batcher(Generic[Job, Answer]):
                 "%d of a batch of %d images failed", len(failures), len(futures),
                 exc_info=failures[0],
             )  # fmt: skip
-        self._wake(loop)

@@ -68,7 +68,7 @@ class Metrics:
         )
         self.stage_seconds = Histogram(
             "anomalyd_stage_duration_seconds",
-            "Time in one stage: decode and queue an image, infer a batch, render an answer.",
+            "Time in one stage: decode and queue an image, infer and judge a batch, render.",
             ["model", "version", "stage"],
             buckets=(0.0001, 0.00025, *SECONDS),
             registry=registry,
@@ -253,6 +253,7 @@ class ModelMetrics:
         self.decode_seconds = stage.labels(*names, "decode")
         self.queue_seconds = stage.labels(*names, "queue")
         self.infer_seconds = stage.labels(*names, "infer")
+        self.judge_seconds = stage.labels(*names, "judge")
         self.render_seconds = stage.labels(*names, "render")
         self.batch_images = metrics.batch_images.labels(*names)
         self.queue_depth = metrics.queue_depth.labels(*names)

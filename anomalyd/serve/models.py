@@ -269,18 +269,25 @@ def make_model(
     manifest = detector.manifest
     key = key or Key(manifest.name, manifest.version)
     observed = ModelMetrics(metrics, *key, manifest.classes or ())
-    infer_seconds = observed.infer_seconds
+    infer_seconds, judge_seconds = observed.infer_seconds, observed.judge_seconds
     batch_images = observed.batch_images
 
-    def run(jobs: list[Job]) -> list[Scored]:
+    def run(jobs: list[Job]) -> Raw:
         started = time.perf_counter()
-        answers = _score(detector, jobs)
+        raw = _run(detector, jobs)
         infer_seconds.observe(time.perf_counter() - started)
         batch_images.observe(len(jobs))
+        return raw
+
+    def judge(jobs: list[Job], raw: Raw) -> list[Scored]:
+        started = time.perf_counter()
+        answers = _judge(detector, jobs, raw)
+        judge_seconds.observe(time.perf_counter() - started)
         return answers
 
     batcher = Batcher(
         run,
+        judge,
         max_batch=settings.max_batch,
         max_wait=settings.max_wait,
         capacity=settings.queue_images,
@@ -290,7 +297,8 @@ def make_model(
         size=_size,
         waited=observed.queue_seconds.observe,
     )
-    _score(detector, [Job(_blank(detector), detector.alpha(None))])  # warm, and not counted
+    blank = [Job(_blank(detector), detector.alpha(None))]
+    _judge(detector, blank, _run(detector, blank))  # warm, and not counted
     detector.session.rest(detector.bundle.golden.images[:1])
     return Model(*key, detector, batcher, observed)
 
@@ -316,9 +324,11 @@ def _announce(model: Model, metrics: Metrics) -> None:
     ).set(1)
 
 
-def _score(detector: Detector, jobs: list[Job]) -> list[Scored]:
-    images = [job.pixels for job in jobs]
-    raw = detector.run(images, nll_map=any(job.nll_map for job in jobs))
+def _run(detector: Detector, jobs: list[Job]) -> Raw:
+    return detector.run([job.pixels for job in jobs], nll_map=any(job.nll_map for job in jobs))
+
+
+def _judge(detector: Detector, jobs: list[Job], raw: Raw) -> list[Scored]:
     asked = {(job.alpha, job.labelling) for job in jobs}
     judged = {each: detector.judge(raw, *each) for each in asked}
     return [

@@ -11,18 +11,18 @@ if TYPE_CHECKING:
 __all__ = ["model_statistics"]
 
 STAGES = {
-    "queue": "queue",
-    "compute_input": "decode",
-    "compute_infer": "infer",
-    "compute_output": "render",
+    "queue": ("queue",),
+    "compute_input": ("decode",),
+    "compute_infer": ("infer", "judge"),
+    "compute_output": ("render",),
 }
 
 
 def model_statistics(key: Key, samples: Samples) -> dict[str, Any]:
     """Counts and total times of one version since it is served.
 
-    Decoding and waiting are counted by image, inference by batch and rendering by request; a
-    success takes the sum of the four.
+    Decoding and waiting are counted by image, inference, the judgement included, by batch and
+    rendering by request; a success takes the sum of the four.
     """
 
     def value(name: str, **more: str) -> float:
@@ -31,10 +31,13 @@ def model_statistics(key: Key, samples: Samples) -> dict[str, Any]:
 
     stages = {
         name: {
-            "count": int(value("anomalyd_stage_duration_seconds_count", stage=stage)),
-            "ns": int(1e9 * value("anomalyd_stage_duration_seconds_sum", stage=stage)),
+            "count": int(value("anomalyd_stage_duration_seconds_count", stage=parts[0])),
+            "ns": int(
+                1e9
+                * sum(value("anomalyd_stage_duration_seconds_sum", stage=part) for part in parts)
+            ),
         }
-        for name, stage in STAGES.items()
+        for name, parts in STAGES.items()
     }
     requests = "anomalyd_inference_requests_total"
     none = {"count": 0, "ns": 0}

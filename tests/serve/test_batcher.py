@@ -81,10 +81,19 @@ pauses = st.lists(st.sampled_from([0.0, 0.0, 0.0, 0.0005, 0.002]), min_size=1, m
     gone=st.sets(st.integers(0, 39), max_size=5),
     max_batch=st.integers(1, 8),
     max_wait=st.sampled_from([0.0, 0.001]),
+    late=st.booleans(),
 )
-def test_each_answer_belongs_to_its_request(pauses, delays, poison, gone, max_batch, max_wait):
-    """Whatever the timing, failures and departures, a client gets its own answer or error."""
-    worker = Worker(delays, poison)
+def test_each_answer_belongs_to_its_request(
+    pauses, delays, poison, gone, max_batch, max_wait, late
+):
+    """Whatever the timing, failures in either half and departures, a client gets its own answer
+    or error."""
+    worker = Worker(delays, set() if late else poison)
+    judged = Worker(delays, poison if late else ())
+
+    def judge(jobs, answers):
+        judged(jobs)
+        return answers
 
     async def client(batcher, job, pause):
         await asyncio.sleep(pause)
@@ -98,7 +107,7 @@ def test_each_answer_belongs_to_its_request(pauses, delays, poison, gone, max_ba
             return "failed"
 
     async def scenario():
-        batcher = batcher_of(worker, max_batch=max_batch, max_wait=max_wait)
+        batcher = batcher_of(worker, judge=judge, max_batch=max_batch, max_wait=max_wait)
         answers = await asyncio.gather(
             *(client(batcher, job, pause) for job, pause in enumerate(pauses))
         )
@@ -123,6 +132,28 @@ def test_each_answer_belongs_to_its_request(pauses, delays, poison, gone, max_ba
         assert all(not batch & before or len(batch) == 1 for before in first[:i])
         assert all(before & poison for before in first[:i] if batch & before)
     assert all(len(batch) <= max_batch for batch in worker.batches)
+
+
+def test_the_next_batch_runs_while_one_is_judged():
+    """Judging one batch holds up no other: the second has run before the first is answered."""
+    second_ran = threading.Event()
+
+    def run(jobs):
+        if 1 in jobs:
+            second_ran.set()
+        return jobs
+
+    def judge(jobs, ran):
+        assert second_ran.wait(10)
+        return ran
+
+    async def scenario():
+        batcher = batcher_of(run, judge=judge, max_batch=1)
+        answers = await asyncio.gather(batcher.submit(0), batcher.submit(1))
+        batcher.close()
+        return answers
+
+    assert asyncio.run(scenario()) == [0, 1]
 
 
 def test_a_bad_job_fails_alone(caplog):
