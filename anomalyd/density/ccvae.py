@@ -109,7 +109,7 @@ class CCVAE(Variational):
         layers = [
             self._labelled(logits, label_noise),
             Layer(
-                _over_draws(mu, bounded(self.log_sigma(features))),
+                Gaussian(mu, bounded(self.log_sigma(features))).over_draws(),
                 Gaussian(origin, origin),
                 rest,
             ),
@@ -120,7 +120,7 @@ class CCVAE(Variational):
     def generate(self, noise: Tensor, labels: Tensor | None = None) -> Tensor:
         """Decode w drawn from the prior of the class, and z from N(0, I)."""
         label_noise, z = self._parted(noise)
-        w = _gaussian(self.prior[labels]).at(label_noise)
+        w = Gaussian.of(self.prior[labels]).at(label_noise)
         return self.decoder(torch.cat([w, z], dim=1))
 
     def code(self, layers: list[Layer]) -> Tensor:
@@ -140,18 +140,8 @@ class CCVAE(Variational):
         return self.labeller.is_edge(rest) if part == "labeller" else super().is_edge(name)
 
     def _labelled(self, logits: Tensor, noise: Tensor) -> Layer:
-        q = _over_draws(self.scale * logits, bounded(self.log_sigma_w)[None])
-        return Layer(q, _gaussian(self.prior), noise)
+        q = Gaussian(self.scale * logits, bounded(self.log_sigma_w)[None])
+        return Layer(q.over_draws(), Gaussian.of(self.prior), noise)
 
     def _parted(self, noise: Tensor) -> tuple[Tensor, Tensor]:
         return noise[..., : self.classes], noise[..., self.classes :]
-
-
-def _gaussian(parameters: Tensor) -> Gaussian:
-    mu, log_sigma = parameters.chunk(2, dim=1)
-    return Gaussian(mu, bounded(log_sigma))
-
-
-def _over_draws(mu: Tensor, log_sigma: Tensor) -> Gaussian:
-    """Give (N, Z) the dimensions of draws and classes: (1, N, 1, Z)."""
-    return Gaussian(mu[None, :, None], log_sigma[None, :, None])

@@ -71,14 +71,14 @@ class HVAE(Variational):
         seen = [Gaussian(mu, bounded(self.log_sigma(h)))]
         for up, read in zip(self.up, self.read, strict=True):
             h = F.relu(up(h))
-            seen.append(_gaussian(read(h)))
-        q = _over_draws(seen[-1])
+            seen.append(Gaussian.of(read(h)))
+        q = seen[-1].over_draws()
         parts = noise.split(self.latents, dim=3)
         origin = torch.zeros_like(q.mu)
         layers = [Layer(q, Gaussian(origin, origin), parts[-1])]
         for place in reversed(range(len(self.down))):
-            p = _gaussian(self.down[place](q.at(layers[0].noise)))
-            q = _product(_over_draws(seen[place]), p)
+            p = Gaussian.of(self.down[place](q.at(layers[0].noise)))
+            q = _product(seen[place].over_draws(), p)
             layers.insert(0, Layer(q, p, parts[place]))
         return self.decoder(q.at(parts[0]).flatten(0, 2)), layers
 
@@ -86,18 +86,8 @@ class HVAE(Variational):
         """Decode a z_1 drawn ancestrally: z_L from N(0, I), each z_l given the one above."""
         *parts, z = noise.split(self.latents, dim=1)
         for down, part in zip(reversed(self.down), reversed(parts), strict=True):
-            z = _gaussian(down(z)).at(part)
+            z = Gaussian.of(down(z)).at(part)
         return self.decoder(z)
-
-
-def _gaussian(parameters: Tensor) -> Gaussian:
-    mu, log_sigma = parameters.chunk(2, dim=-1)
-    return Gaussian(mu, bounded(log_sigma))
-
-
-def _over_draws(q: Gaussian) -> Gaussian:
-    """Give (N, Z) the dimensions of draws and classes: (1, N, 1, Z)."""
-    return Gaussian(q.mu[None, :, None], q.log_sigma[None, :, None])
 
 
 def _product(a: Gaussian, b: Gaussian) -> Gaussian:

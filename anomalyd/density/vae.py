@@ -73,27 +73,21 @@ class VAE(Variational):
         """Draw z of each image."""
         q = self._code(inputs)
         context = self.decoder(q.at(noise).flatten(0, 2))
-        return context, [Layer(q, self._prior(self.prior), noise)]
+        return context, [Layer(q, Gaussian.of(self.prior), noise)]
 
     def class_evidence(self, images: Tensor) -> Tensor:
         """Return -KL(q(z|x) || p(z|y)) of each class, without decoding: (N, K)."""
         with precise(images):
             q = self._code(self.centred(self.quantise(images)))
-            divergence: Tensor = Layer(q, self._prior(self.prior), self.noise[:1, None, None]).kl()
+            divergence: Tensor = Layer(q, Gaussian.of(self.prior), self.noise[:1, None, None]).kl()
         return -divergence[0]
 
     def _code(self, inputs: Tensor) -> Gaussian:
         """Return q(z|x), (1, N, 1, Z)."""
         features, mu = self.encoder(inputs)
-        log_sigma = bounded(self.log_sigma(features))
-        return Gaussian(mu[None, :, None], log_sigma[None, :, None])
+        return Gaussian(mu, bounded(self.log_sigma(features))).over_draws()
 
     def generate(self, noise: Tensor, labels: Tensor | None = None) -> Tensor:
         """Decode a z drawn from the prior, that of the class where there are any."""
         prior = self.prior if labels is None else self.prior[labels]
-        return self.decoder(self._prior(prior).at(noise))
-
-    @staticmethod
-    def _prior(parameters: Tensor) -> Gaussian:
-        mu, log_sigma = parameters.chunk(2, dim=1)
-        return Gaussian(mu, bounded(log_sigma))
+        return self.decoder(Gaussian.of(prior).at(noise))

@@ -36,6 +36,16 @@ class Gaussian(NamedTuple):
         """Return mu + sigma * noise."""
         return self.mu + self.log_sigma.exp() * noise
 
+    def over_draws(self) -> Gaussian:
+        """Give (N, Z) the dimensions of draws and classes: (1, N, 1, Z)."""
+        return Gaussian(self.mu[None, :, None], self.log_sigma[None, :, None])
+
+    @classmethod
+    def of(cls, parameters: Tensor) -> Gaussian:
+        """Read mu and an unbounded log sigma side by side, (..., 2 Z)."""
+        mu, log_sigma = parameters.chunk(2, dim=-1)
+        return cls(mu, bounded(log_sigma))
+
 
 class Layer(NamedTuple):
     """A stochastic layer of S draws for N images under M classes; each is 1 where all agree.
