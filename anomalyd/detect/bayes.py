@@ -1,7 +1,8 @@
 """Bayes' rule with two ways out: a label, or the reason why there is none.
 
     log p(x|y) ── softmax(. / T + log p(y)) ──> posterior ──> credible labels ──> ambiguous?
-              └── p-value in each class ─────────────────────────────────────────> novel?
+                                                    └── p-value in each class ──> novel?
+                                                score ──┘
 
     novel       fits no class: the p-value of every class is at most alpha
     ambiguous   fits several: not just one label is credible, or every label costs too much
@@ -37,10 +38,12 @@ if TYPE_CHECKING:
 __all__ = [
     "AMBIGUOUS",
     "DEFAULT_LABEL_ALPHA",
+    "DOUBT",
     "NOVEL",
     "Labelled",
     "Labelling",
     "check_priors",
+    "class_scores",
     "confidence",
     "credible",
     "fit_temperature",
@@ -50,6 +53,8 @@ __all__ = [
 ]
 
 DEFAULT_LABEL_ALPHA = 0.1
+DOUBT = 0.1
+"""What new bundles add to a score in a class for each nat that another class is likelier by."""
 NOVEL, AMBIGUOUS = "novel", "ambiguous"
 
 
@@ -122,6 +127,25 @@ def log_posterior(
     bounded = np.nan_to_num(log_likelihood, nan=-1e300, posinf=1e300, neginf=-1e300)
     joint = (bounded - bounded.max(axis=1, keepdims=True)) / temperature + log_priors
     result: Floats = joint - np.logaddexp.reduce(joint, axis=1, keepdims=True)
+    return result
+
+
+def class_scores(scores: Floats, log_posterior: Floats, doubt: float) -> Floats:
+    """How strange each image is to each class: s + doubt (max_c log p(c|x) - log p(y|x)).
+
+    In its likeliest class an image has the score itself. Without doubt one score stands for all
+    classes, and a class whose own images are often odd would excuse every odd image.
+
+    Args:
+        scores: float64 (N,).
+        log_posterior: float64 (N, K), nats.
+        doubt: at least 0, for each nat.
+
+    Returns:
+        float64 (N, K), none below the image's score.
+    """
+    behind = log_posterior.max(axis=1, keepdims=True) - log_posterior
+    result: Floats = scores[:, None] + doubt * behind
     return result
 
 

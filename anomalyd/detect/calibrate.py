@@ -179,6 +179,7 @@ def _ranks(detector: Detector, new: Collected, confidence: float | None) -> dict
         classes=detector.classes,
         priors=manifest.priors,
         temperature=cast("float", manifest.temperature),
+        doubt=manifest.doubt,
         confidence=confidence,
     )
 

@@ -271,7 +271,13 @@ class Detector:
         bits_per_dim = self.nll(raw) / (self.dimensions * math.log(2))
         score = self.scores(raw)
         # The p-value in the class where it is largest: then each class keeps the promise.
-        p_value = np.max([conformal.p_values(score, *table) for table in self._tables], axis=0)
+        p_value = np.max(
+            [
+                conformal.p_values(own, *table)
+                for own, table in zip(self._in_classes(score, raw), self._tables, strict=True)
+            ],
+            axis=0,
+        )
         outlier = p_value <= alpha
         labelled = None
         if self.labels:
@@ -353,6 +359,16 @@ class Detector:
         if raw.texture is not None:
             return finite(raw.texture)
         return self._score(self.nll(raw), raw.statistics, raw.embedding)
+
+    def _in_classes(self, score: NDArray[np.float64], raw: Raw) -> NDArray[np.float64]:
+        """How strange each image is to each class: float64 (K, N); (1, N) without labels."""
+        if not self.labels:
+            return score[None]
+        manifest = self.manifest
+        posterior = bayes.log_posterior(
+            raw.log_likelihood, manifest.priors, cast("float", manifest.temperature)
+        )
+        return bayes.class_scores(score, posterior, manifest.doubt).T
 
     def explain(self, raw: Raw, row: int) -> dict[str, dict[str, Any]]:
         """Each statistic of one image with where it stands among the fit split's.

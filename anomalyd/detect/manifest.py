@@ -101,6 +101,8 @@ class Manifest:
         licence: licence of the weights, and of the data where it matters.
         temperature: of the posterior by Bayes' rule, above 0; None, and no key, where verdicts
             have no labels.
+        doubt: what a score in a class grows by for each nat that another is likelier by, at least
+            0; no key for 0.
     """
 
     format_version: int
@@ -126,6 +128,7 @@ class Manifest:
     data_digest: str
     licence: str
     temperature: float | None = None
+    doubt: float = 0.0
 
 
 def parse_manifest(data: bytes) -> Manifest:
@@ -160,8 +163,9 @@ def parse_manifest(data: bytes) -> Manifest:
 def dump_manifest(manifest: Manifest) -> bytes:
     """Bytes of `manifest.json`: UTF-8, sorted keys, two spaces, final newline."""
     plain = msgspec.to_builtins(manifest, enc_hook=_number)
-    if manifest.temperature is None:
-        plain.pop("temperature", None)
+    for key, default in (("temperature", None), ("doubt", 0.0)):
+        if getattr(manifest, key) == default:
+            plain.pop(key, None)
     text = json.dumps(plain, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False)
     return f"{text}\n".encode()
 
@@ -241,8 +245,10 @@ def _density_rules(m: Manifest) -> Iterator[tuple[str, Any, bool, str]]:
         yield "priors", m.priors, m.priors is not None, f"given for {BY_CLASS}"
         fine = m.temperature is not None and 0 < m.temperature < math.inf
         yield "temperature", m.temperature, fine, f"above 0 for {BY_CLASS}"
+        yield "doubt", m.doubt, 0 <= m.doubt < math.inf, "at least 0"
     else:
         yield "temperature", m.temperature, m.temperature is None, f"absent without {BY_CLASS}"
+        yield "doubt", m.doubt, m.doubt == 0, f"absent without {BY_CLASS}"
 
 
 def _other_rules(m: Manifest) -> Iterator[tuple[str, Any, bool, str]]:
@@ -252,6 +258,7 @@ def _other_rules(m: Manifest) -> Iterator[tuple[str, Any, bool, str]]:
     yield "score_name", m.score_name, m.score_name == "none", f"none {where}"
     yield "calibration_n", m.calibration_n, m.calibration_n == 0, f"0 {where}"
     yield "temperature", m.temperature, m.temperature is None, f"absent {where}"
+    yield "doubt", m.doubt, m.doubt == 0, f"absent {where}"
     promise = m.guarantee["kind"]
     yield "guarantee.kind", promise, promise == "marginal", f"marginal {where}"
     for split, bits in m.bits_per_dim.items():

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from anomalyd.detect import conformal
-from anomalyd.detect.bayes import log_posterior
+from anomalyd.detect.bayes import class_scores, log_posterior
 from anomalyd.errors import CalibrationError
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ def ranks_by_class(
     classes: Sequence[str],
     priors: Sequence[float] | None,
     temperature: float,
+    doubt: float,
     confidence: float | None = None,
 ) -> dict[str, Any]:
     """The arrays of a calibration split whose images have classes.
@@ -50,6 +51,7 @@ def ranks_by_class(
         classes: names of all K.
         priors: p(y).
         temperature: of the posterior.
+        doubt: as for `class_scores`.
         confidence: of the guarantee, class by class; None for the marginal one.
 
     Raises:
@@ -62,9 +64,11 @@ def ranks_by_class(
             f"{len(classes)} classes needs {conformal.images_needed(conformal.DEFAULT_ALPHA)} for "
             f"an alpha of {conformal.DEFAULT_ALPHA}; give more labelled images"
         )
-    tables = [ranks(scores[labels == y], confidence) for y in range(len(classes))]
-    posterior = np.exp(log_posterior(log_likelihood, priors, temperature))
-    truths = 1 - posterior[np.arange(len(labels)), labels]
+    posterior = log_posterior(log_likelihood, priors, temperature)
+    true = np.arange(len(labels)), labels
+    own = class_scores(scores, posterior, doubt)[true]
+    tables = [ranks(own[labels == y], confidence) for y in range(len(classes))]
+    truths = 1 - np.exp(posterior[true])
     return {
         "scores": np.concatenate([table["scores"] for table in tables]),
         "p_table": np.concatenate([table["p_table"] for table in tables]),

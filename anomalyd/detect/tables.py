@@ -96,7 +96,10 @@ class Calibration:
         return Fit(self.fit_nll, self.fit_statistics, self.fit_codes, self.fit_labels)
 
     def threshold(self, alpha: float) -> float | None:
-        """What a score must exceed to be an outlier at alpha, in every class; None: none can."""
+        """What a score must exceed to be an outlier at alpha to every class; None: none can.
+
+        With classes an image below it can be one, too: where most classes are unlikely.
+        """
         found = []
         for scores, table in self.per_class():
             rank = int(np.searchsorted(table, alpha, side="right"))

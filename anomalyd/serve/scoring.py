@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from anomalyd.detect.detector import DEFAULT
 from anomalyd.detect.heatmap import heatmap_png
 from anomalyd.detect.runtime import available_cpus
 from anomalyd.errors import ImageError, TooManyPixels
-from anomalyd.images import ImageSpec, Limits, to_pixels
+from anomalyd.images import Limits, to_pixels
 from anomalyd.serve.models import Job, Model, Scored
 from anomalyd.serve.problems import ClientGone, Problem
 
@@ -66,7 +66,7 @@ class Scorer:
         self._events = events
         self._most_bytes = settings.queue_bytes
         self._limits = Limits(settings.max_body_bytes, settings.max_pixels)
-        self._inline = Limits(INLINE_BYTES, min(INLINE_PIXELS, settings.max_pixels))
+        self._small = Limits(INLINE_BYTES, min(INLINE_PIXELS, settings.max_pixels))
         cpus = max(1, available_cpus() // settings.workers)
         self._pool = ThreadPoolExecutor(cpus, thread_name_prefix="decode")
         self._at_a_time = 2 * cpus  # images of one request that are decoded together
@@ -85,8 +85,9 @@ class Scorer:
         size = 0
         step = self._at_a_time
         for start in range(0, len(images), step):
-            some = [self._decode(model, image) for image in images[start : start + step]]
-            for pixels in await _each(some):
+            if start:
+                await asyncio.sleep(0)  # others get their turn between small images
+            for pixels in await self._decoded(model, images[start : start + step]):
                 decoded.append(pixels)
                 size += 0 if isinstance(pixels, ImageError) else pixels.nbytes
             if size > self._most_bytes:
@@ -147,23 +148,37 @@ class Scorer:
         """What the function gives, called in the bounded pool."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, function, *args)
 
-    async def _decode(self, model: Model, image: Image) -> Pixels | ImageError:
-        started = time.perf_counter()
-        try:
-            return await self._pixels(image, model.detector.spec)
-        except ImageError as error:
-            self._metrics.decode_errors.labels(error.reason).inc()
-            return error
-        finally:
-            model.metrics.decode_seconds.observe(time.perf_counter() - started)
+    async def _decoded(
+        self, model: Model, images: Sequence[Image]
+    ) -> Sequence[Pixels | ImageError]:
+        """Small images here and now, which costs no task; others side by side in the pool."""
+        decoded = [self._decode_small(model, image) for image in images]
+        left = [place for place, pixels in enumerate(decoded) if pixels is None]
+        if left:
+            now = time.perf_counter()
+            large = [self.offload(self._decode, model, images[i], self._limits, now) for i in left]
+            for place, pixels in zip(left, await _each(large), strict=True):
+                decoded[place] = pixels
+        return cast("list[Pixels | ImageError]", decoded)
 
-    async def _pixels(self, image: Image, spec: ImageSpec) -> Pixels:
-        if isinstance(image, np.ndarray) or len(image) <= INLINE_BYTES:
-            try:
-                return to_pixels(image, spec, self._inline)
-            except TooManyPixels:
-                pass  # said by the header alone; nothing was decoded yet
-        return await self.offload(to_pixels, image, spec, self._limits)
+    def _decode_small(self, model: Model, image: Image) -> Pixels | ImageError | None:
+        if not isinstance(image, np.ndarray) and len(image) > INLINE_BYTES:
+            return None
+        return self._decode(model, image, self._small, time.perf_counter())
+
+    def _decode(
+        self, model: Model, image: Image, limits: Limits, since: float
+    ) -> Pixels | ImageError | None:
+        """In whichever thread; None where the image is not as small as it looked."""
+        try:
+            decoded: Pixels | ImageError = to_pixels(image, model.detector.spec, limits)
+        except ImageError as error:
+            if limits is self._small and isinstance(error, TooManyPixels):
+                return None  # said by the header alone; nothing was decoded yet
+            self._metrics.decode_errors.labels(error.reason).inc()
+            decoded = error
+        model.metrics.decode_seconds.observe(time.perf_counter() - since)
+        return decoded
 
 
 async def _each(awaitables: Sequence[Awaitable[T]]) -> list[T]:

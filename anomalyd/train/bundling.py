@@ -13,7 +13,7 @@ import numpy as np
 from anomalyd.density.base import Density
 from anomalyd.detect import bundle as bundles
 from anomalyd.detect import conformal, tiling
-from anomalyd.detect.bayes import fit_temperature, log_posterior
+from anomalyd.detect.bayes import DOUBT, fit_temperature, log_posterior
 from anomalyd.detect.pipeline import collect
 from anomalyd.detect.ranks import ranks, ranks_by_class
 from anomalyd.detect.runtime import CPU, CUDA, Raw, Session
@@ -259,6 +259,7 @@ def _calibrated(
             classes=trained.classes,
             priors=manifest.priors,
             temperature=cast("float", manifest.temperature),
+            doubt=manifest.doubt,
         )
         fewest = int(found["class_counts"].min())
     training, calibrating = _hashes(images, splits)
@@ -420,6 +421,7 @@ def _manifest(
         data_digest=trained.images.digest,
         licence=licence or "unspecified",
         temperature=temperature,
+        doubt=0.0 if temperature is None else DOUBT,
     )
 
 

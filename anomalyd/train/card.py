@@ -228,7 +228,8 @@ def _labels(manifest: Manifest, training: Training) -> str:
 The classes are {", ".join(manifest.classes)}. p(y|x) is Bayes' rule on p(x|y), at temperature \
 {manifest.temperature:.4g}.{accuracy}{approximate}
 
-Each class has its own ranks: an image is `novel`, an outlier, if it is one to every class. Of \
+Each class has its own ranks, for which {manifest.doubt:g} is added to the score for each nat by \
+which another class is likelier: an image is `novel`, an outlier, if it is one to every class. Of \
 the images of each class at most a share alpha is called novel, on average over calibration sets. \
 An image that fits is `ambiguous` unless one label alone is credible: the set of credible labels \
 holds the true one in 9 of 10 normal images (`--label-alpha`). That is coverage, not accuracy \

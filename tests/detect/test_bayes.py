@@ -11,7 +11,14 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from anomalyd.detect import bayes
-from anomalyd.detect.bayes import Labelling, credible, fit_temperature, label, log_posterior
+from anomalyd.detect.bayes import (
+    Labelling,
+    class_scores,
+    credible,
+    fit_temperature,
+    label,
+    log_posterior,
+)
 from anomalyd.detect.conformal import benjamini_hochberg, p_table, p_values, q_table, ranks
 from anomalyd.detect.ranks import ranks_by_class
 from anomalyd.detect.statistics import Fit, make_score
@@ -127,7 +134,30 @@ def clothes(n: int, rng: np.random.Generator) -> tuple[Fit, np.ndarray]:
     return Fit(rng.normal(1000, 30, n) + tail, statistics, rng.normal(size=(n, 4)), labels), labels
 
 
-def test_no_class_is_rejected_more_often_than_alpha():
+def say(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """log p(x|y) of three classes: noise, and two nats for the own one, too few to be sure."""
+    return 2 * np.eye(3)[labels] + rng.normal(size=(len(labels), 3))
+
+
+def in_classes(score, fit, labels, rng, doubt):
+    """The score of each image in each class, and the log-likelihoods that it rests on."""
+    evidence = say(labels, rng)
+    scores = score(fit.nll, fit.statistics, fit.codes)
+    return scores, evidence, class_scores(scores, log_posterior(evidence), doubt)
+
+
+@given(LIKELIHOODS, st.floats(0, 10))
+def test_a_score_in_a_class_is_the_image_s_own_and_doubt(log_likelihood, doubt):
+    """In the likeliest class it is the score, and nowhere less."""
+    scores = np.arange(4.0)
+    found = class_scores(scores, log_posterior(log_likelihood), doubt)
+
+    np.testing.assert_array_equal(found.min(axis=1), scores)
+    assert (np.diff(np.take_along_axis(found, log_likelihood.argsort(axis=1), 1)) <= 0).all()
+
+
+@pytest.mark.parametrize("doubt", [0.0, 0.3])
+def test_no_class_is_rejected_more_often_than_alpha(doubt):
     """p = max over classes: in each class P(p <= alpha) <= alpha, over many calibration sets."""
     rng, alpha, rates = np.random.default_rng(0), 0.1, []
     for _ in range(60):
@@ -135,26 +165,49 @@ def test_no_class_is_rejected_more_often_than_alpha():
         score = make_score("class_nearest_normals", fit)
         held, held_labels = clothes(90, rng)
         new, labels = clothes(90, rng)
-        at = [score(each.nll, each.statistics, each.codes) for each in (held, new)]
+        scores, evidence, _ = in_classes(score, held, held_labels, rng, doubt)
         found = ranks_by_class(
-            at[0],
-            np.zeros((90, 3)),
+            scores,
+            evidence,
             held_labels,
             classes="abc",
             priors=None,
             temperature=1.0,
+            doubt=doubt,
         )
         tables = zip(
             np.split(found["scores"], np.cumsum(found["class_counts"])[:-1]),
             [p_table(count) for count in found["class_counts"]],
             strict=True,
         )
-        p = np.max([p_values(at[1], *table) for table in tables], axis=0)
+        at = in_classes(score, new, labels, rng, doubt)[2]
+        p = np.max(
+            [p_values(own, *table) for own, table in zip(at.T, tables, strict=True)], axis=0
+        )
         rates.append([np.mean(p[labels == y] <= alpha) for y in range(3)])
     mean, error = np.mean(rates, axis=0), np.std(rates, axis=0) / np.sqrt(60)
 
     assert (mean <= alpha + 3 * error).all()
     assert mean.max() > alpha / 4  # and it can reject
+
+
+def test_odd_images_of_one_class_excuse_none_that_are_surely_of_another():
+    """A third of class c is odder than all of a; one as odd that can only be an a is novel."""
+    rng, labels = np.random.default_rng(0), np.arange(600) % 3
+    scores = rng.normal(size=600) + 5 * ((labels == 2) & (rng.random(600) < 0.3))
+    sure, odd = 40 * np.eye(3), np.full(1, 4.0)
+    p = {}
+    for doubt in (0.0, 0.1):
+        found = ranks_by_class(
+            scores, sure[labels], labels, classes="abc", priors=None, temperature=1.0, doubt=doubt
+        )
+        ends = np.cumsum(found["class_counts"])[:-1]
+        at = class_scores(odd, log_posterior(sure[:1]), doubt)[0]
+        ranked = zip(at, np.split(found["scores"], ends), strict=True)
+        p[doubt] = max(p_values([own], those, p_table(200))[0] for own, those in ranked)
+
+    assert p[0.0] > 0.2
+    assert p[0.1] < 0.1
 
 
 def test_false_discoveries_are_counted_over_the_p_values_of_all_classes():
@@ -173,6 +226,7 @@ def test_false_discoveries_are_counted_over_the_p_values_of_all_classes():
             classes="abc",
             priors=None,
             temperature=1.0,
+            doubt=0.0,
         ),
     )
     tables = calibration.per_class()
@@ -196,6 +250,7 @@ def test_a_class_without_calibration_images_is_named():
             classes="abc",
             priors=None,
             temperature=1.0,
+            doubt=0.0,
         )
 
 

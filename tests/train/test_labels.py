@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,11 @@ import torch
 from daemons import check_problem, encoded, serve
 
 from anomalyd.cli import main
+from anomalyd.detect.bayes import DOUBT
 from anomalyd.detect.bundle import read_bundle, write_bundle
-from anomalyd.detect.conformal import benjamini_hochberg
+from anomalyd.detect.conformal import benjamini_hochberg, p_values
 from anomalyd.detect.detector import Detector
+from anomalyd.detect.manifest import dump_manifest
 from anomalyd.errors import AlphaUnreachable, UsageError
 from anomalyd.sources import open_source
 from anomalyd.train.commands import export, train
@@ -191,6 +194,21 @@ def test_an_alpha_out_of_reach_names_the_rarest_class(bayes):
     rarest = detector.classes[int(detector.calibration.class_counts.argmin())]
     with pytest.raises(AlphaUnreachable, match=f"class {rarest}: alpha 0.0001 needs 9999"):
         detector.alpha(0.0001)
+
+
+def test_a_bundle_without_doubt_has_one_score_for_all_classes(bayes, images):
+    """The key is optional, as bundles of before have none: then p is the score's own."""
+    bundle = read_bundle(bayes)
+    detector = Detector.load(bayes, threads=1)
+    old = Detector(replace(bundle, manifest=replace(bundle.manifest, doubt=0.0)), detector.session)
+    raw = old.run(images)
+    tables = old.calibration.per_class()
+    expected = np.max([p_values(old.scores(raw), *table) for table in tables], axis=0)
+
+    assert bundle.manifest.doubt == DOUBT
+    np.testing.assert_array_equal(old.columns(raw, 0.1).p_value, expected)
+    assert (detector.columns(raw, 0.1).p_value <= expected).all()
+    assert b"doubt" not in dump_manifest(old.manifest)
 
 
 def test_calibrate_goes_class_by_class(bayes, data, tmp_path, capsys):
