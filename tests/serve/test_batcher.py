@@ -497,3 +497,66 @@ def test_a_deadline_of_one_s_own_is_kept():
 
     asyncio.run(scenario())
     assert worker.batches == [["first"], ["patient"]]
+
+
+def test_a_full_batch_is_handed_over_before_its_turn_and_no_third():
+    """It no longer waits for the event loop; what else arrives gathers, and runs in order."""
+    worker = Gate()
+
+    async def scenario():
+        batcher = batcher_of(worker, max_batch=2)
+        know(batcher, 0.001)
+        futures = batcher.submit_all([0, 1])
+        await asyncio.sleep(0)
+        futures += [batcher.submit(2)]
+        assert batcher.depth == 1  # alone it waits for company
+        futures += batcher.submit_all([3, 4, 5])
+        assert batcher.depth == 2
+        worker.open.set()
+        answers = await asyncio.gather(*futures)
+        batcher.close()
+        return answers
+
+    answers = asyncio.run(scenario())
+    assert worker.batches == [[0, 1], [2, 3], [4, 5]]
+    assert [job for job, _ in answers] == list(range(6))
+
+
+def test_no_batch_is_handed_over_early_that_may_come_too_late():
+    """One job with a short deadline keeps its batch in the queue, where the deadline is seen."""
+    worker = Gate()
+
+    async def scenario():
+        batcher = batcher_of(worker, max_batch=2, timeout=60.0)
+        know(batcher, 0.5)
+        first = batcher.submit_all([0, 1])
+        await asyncio.sleep(0)
+        hurried, patient = batcher.submit(2, 0.6), batcher.submit(3)
+        assert batcher.depth == 2
+        await asyncio.sleep(0.7)
+        worker.open.set()
+        await asyncio.gather(*first, patient)
+        with pytest.raises(Expired):
+            await hurried
+        batcher.close()
+
+    asyncio.run(scenario())
+    assert worker.batches == [[0, 1], [3]]
+
+
+def test_closing_waits_for_the_run_and_drops_the_one_behind_it():
+    worker = Gate()
+
+    async def scenario():
+        batcher = batcher_of(worker, max_batch=1)
+        know(batcher, 0.001)
+        running, behind = batcher.submit_all([0, 1])
+        await busy(batcher)
+        threading.Timer(0.05, worker.open.set).start()
+        batcher.close()
+        assert await running == (0, (0,))
+        with pytest.raises(asyncio.CancelledError):
+            await behind
+
+    asyncio.run(scenario())
+    assert worker.batches == [[0]]
