@@ -5,10 +5,9 @@
     request ─┘                 └─ as soon as none runs, or full ──┘
 
 While one batch runs the one before is judged and the next one gathers, so batches grow with the
-load by themselves; a full one is handed over before its turn, so that its run begins at once.
-`max_wait` adds a pause for company when nothing runs. What would not be answered in time, by the
-time that runs have taken lately, is refused before it waits, so that beyond capacity those who
-are let in keep their latency.
+load by themselves; `max_wait` adds a pause for company when nothing runs. What would not be
+answered in time, by the time that runs have taken lately, is refused before it waits, so that
+beyond capacity those who are let in keep their latency.
 """
 
 from __future__ import annotations
@@ -23,7 +22,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from typing import Any, Generic, NamedTuple, TypeVar
 
 __all__ = ["BatchFailed", "Batcher", "Expired", "Late", "Pace", "QueueFull"]
@@ -126,8 +124,7 @@ class Batcher(Generic[Job, Answer]):
             alone, so that one bad job fails alone.
         max_batch: most jobs in a batch.
         max_wait: how long a job waits for company while the worker is idle, seconds.
-        capacity: most jobs that wait, but for a batch that runs and one that was handed over; a
-            further one is refused.
+        capacity: most jobs that wait; a further one is refused.
         most_bytes: most bytes that wait.
         longest: jobs that would make the run they join end later than this after the run before
             it began, by estimate, are refused, seconds.
@@ -164,11 +161,9 @@ class Batcher(Generic[Job, Answer]):
         self._waiting: OrderedDict[asyncio.Future[Answer], _Waiting[Job]] = OrderedDict()
         self._bytes = 0
         self._timer: asyncio.Handle | None = None
-        self._closed = False
-        self._runs = 0  # that were handed over and have not ended: one runs, one may be ahead
-        self._run_takes = 0.0  # the last of them, by estimate, seconds
-        self._free_at = 0.0  # when they end, by estimate
-        self._ended_at = 0.0  # when the last run did
+        self._busy = self._closed = False
+        self._run_takes = 0.0  # the present run, by estimate, seconds
+        self._free_at = 0.0
         self._one = threading.Lock()  # also against the other thread, which runs failed jobs again
         self._runner = ThreadPoolExecutor(1, thread_name_prefix="score")
         self._judging = ThreadPoolExecutor(1, thread_name_prefix="judge")
@@ -187,7 +182,7 @@ class Batcher(Generic[Job, Answer]):
     def wait(self) -> float:
         """How long a job submitted now has to wait, by estimate, seconds."""
         ahead = self.pace.seconds(len(self._waiting)) if self._waiting else 0.0
-        if self._runs:
+        if self._busy:
             ahead += max(0.0, self._free_at - time.perf_counter())
         return ahead
 
@@ -201,7 +196,7 @@ class Batcher(Generic[Job, Answer]):
                 before it, and each who joins it makes it longer: so both runs count in full, of
                 which a request's own images are one, for it knows what it asks for.
         """
-        if not self._runs and not self._waiting:
+        if not self._busy and not self._waiting:
             if jobs > self.capacity:
                 raise QueueFull
             return
@@ -263,36 +258,24 @@ class Batcher(Generic[Job, Answer]):
 
     def _wake(self, loop: asyncio.AbstractEventLoop) -> None:
         """Start a batch now if one is full, soon if one may still grow."""
-        if self._closed:
+        if self._busy or self._closed:
             return
-        while len(self._waiting) >= self._max_batch and self._may_start():
+        if len(self._waiting) >= self._max_batch:
             self._start(loop)
-        if not self._runs and self._timer is None and self._waiting:
+        elif self._timer is None and self._waiting:
             # Even a pause of nothing lets every request that has already arrived join.
             self._timer = loop.call_later(self._max_wait, self._start, loop)
-
-    def _may_start(self) -> bool:
-        """Whether a full batch may be handed over: none runs, or one, and it will be in time."""
-        if not self._runs:
-            return True
-        if self._runs > 1 or not self._run_takes:
-            return False
-        # A run to spare: once handed over, it runs however late that is.
-        latest = max(time.perf_counter(), self._free_at) + self._run_takes
-        first = islice(self._waiting.values(), self._max_batch)
-        return all(waiting.until > latest for waiting in first)
 
     def _start(self, loop: asyncio.AbstractEventLoop) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
         now = time.perf_counter()
-        begins = max(now, self._free_at) if self._runs else now
-        futures, jobs = self._take(begins)
+        futures, jobs = self._take(now)
         if jobs:
-            self._runs += 1
+            self._busy = True
             self._run_takes = self.pace.seconds(len(jobs))
-            self._free_at = begins + self._run_takes
+            self._free_at = now + self._run_takes
             running = loop.run_in_executor(self._runner, self._ran, jobs)
             running.add_done_callback(partial(self._free, loop, futures, jobs, now))
 
@@ -328,15 +311,13 @@ class Batcher(Generic[Job, Answer]):
         running: asyncio.Future[Outcome | _Failure],
     ) -> None:
         """A run has ended: start the next one first, then have this one judged."""
-        self._runs -= 1
-        if not self._runs:
-            self._run_takes = 0.0
-        began, self._ended_at = max(started, self._ended_at), time.perf_counter()
+        self._busy = False
+        self._run_takes = 0.0
         if running.cancelled():
             for future in futures:
                 future.cancel()
             return
-        self.pace.note(len(jobs), self._ended_at - began)
+        self.pace.note(len(jobs), time.perf_counter() - started)
         self._wake(loop)
         judging = loop.run_in_executor(self._judging, self._judged, jobs, running.result())
         judging.add_done_callback(partial(self._answer, futures))
