@@ -127,7 +127,7 @@ class Scorer:
         try:
             if watched and gone is not None:
                 await _answered_or_gone(futures, gone)
-            scored = await _each(futures)
+            scored = [await future for future in futures]  # they end in this order
         except BaseException:
             for future in futures:
                 batcher.drop(future)
@@ -144,21 +144,23 @@ class Scorer:
             return None
         return await self.offload(heatmap_png, pixels, scored.raw.nll_map[scored.row])
 
-    async def offload(self, function: Callable[..., T], *args: Any) -> T:
-        """What the function gives, called in the bounded pool."""
-        return await asyncio.get_running_loop().run_in_executor(self._pool, function, *args)
+    def offload(self, function: Callable[..., T], *args: Any) -> asyncio.Future[T]:
+        """What the function will give, called in the bounded pool."""
+        return asyncio.get_running_loop().run_in_executor(self._pool, function, *args)
 
     async def _decoded(
         self, model: Model, images: Sequence[Image]
     ) -> Sequence[Pixels | ImageError]:
         """Small images here and now, which costs no task; others side by side in the pool."""
         decoded = [self._decode_small(model, image) for image in images]
-        left = [place for place, pixels in enumerate(decoded) if pixels is None]
-        if left:
-            now = time.perf_counter()
-            large = [self.offload(self._decode, model, images[i], self._limits, now) for i in left]
-            for place, pixels in zip(left, await _each(large), strict=True):
-                decoded[place] = pixels
+        now = time.perf_counter()
+        large = {
+            place: self.offload(self._decode, model, images[place], self._limits, now)
+            for place, pixels in enumerate(decoded)
+            if pixels is None
+        }
+        for place, decoding in large.items():
+            decoded[place] = await decoding
         return cast("list[Pixels | ImageError]", decoded)
 
     def _decode_small(self, model: Model, image: Image) -> Pixels | ImageError | None:
@@ -179,13 +181,6 @@ class Scorer:
             decoded = error
         model.metrics.decode_seconds.observe(time.perf_counter() - since)
         return decoded
-
-
-async def _each(awaitables: Sequence[Awaitable[T]]) -> list[T]:
-    """What all of them give, in order; a lone one costs no task."""
-    if len(awaitables) == 1:
-        return [await awaitables[0]]
-    return await asyncio.gather(*awaitables)
 
 
 async def _answered_or_gone(
