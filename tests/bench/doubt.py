@@ -52,9 +52,8 @@ def table(path: Path, data: Path, limit: int) -> None:
     held = labelled(detector, data / normal, "train", known)
     usual = labelled(detector, data / normal, "test")
     shown = [name for name in SHOWN if name in sets]
-    print(
-        f"| {path.name} | {' | '.join(shown)} | mean of {len(sets)} sets | normal | worst class |"
-    )
+    heading = [f"{path.name}, doubt", *shown, f"mean of {len(sets)} sets", "normal", "worst class"]
+    print(f"| {' | '.join(heading)} |")
     print(f"|---{'|---:' * (len(shown) + 3)}|")
     for doubt in DOUBTS:
         found = ranks_by_class(
