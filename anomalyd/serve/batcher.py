@@ -35,6 +35,10 @@ logger = logging.getLogger(__name__)
 # However slow a model is, as many images may wait.
 FEWEST = 4
 
+# A burst may wait for `longest`, a load that goes on for half of it: until so many times
+# `longest` have passed in which nobody had to be refused.
+CALM = 3
+
 
 class QueueFull(Exception):
     """No room for the jobs; the client may come again.
@@ -127,7 +131,9 @@ class Batcher(Generic[Job, Answer]):
         capacity: most jobs that wait; a further one is refused.
         most_bytes: most bytes that wait.
         longest: jobs that would make the run they join end later than this after the run before
-            it began, by estimate, are refused, seconds.
+            it began, by estimate, are refused, seconds; half of it counts for a while after that,
+            so that a burst finds room, and a load that goes on finds a short queue (after "Fail
+            at Scale", Maurer 2015).
         timeout: a job that has waited longer is not run, seconds.
         size: bytes of a job.
         waited: called with each job's time in the queue, seconds.
@@ -164,6 +170,7 @@ class Batcher(Generic[Job, Answer]):
         self._busy = self._closed = False
         self._run_takes = 0.0  # the present run, by estimate, seconds
         self._free_at = 0.0
+        self._burst_from = 0.0  # from when on a burst may come again
         self._one = threading.Lock()  # also against the other thread, which runs failed jobs again
         self._runner = ThreadPoolExecutor(1, thread_name_prefix="score")
         self._judging = ThreadPoolExecutor(1, thread_name_prefix="judge")
@@ -203,7 +210,11 @@ class Batcher(Generic[Job, Answer]):
         if len(self._waiting) + jobs > self.capacity:
             raise QueueFull(self.wait)
         both = self._run_takes + self.pace.seconds(len(self._waiting) + 1)
-        too_long = both > self._longest and both > 2 * FEWEST * self.pace.seconds(1)
+        now = time.perf_counter()
+        longest = self._longest if now >= self._burst_from else self._longest / 2
+        too_long = both > longest and both > 2 * self.pace.seconds(FEWEST)
+        if too_long:
+            self._burst_from = now + CALM * self._longest
         if too_long or (timeout is not None and self.wait > timeout):
             raise Late(self.wait)
 

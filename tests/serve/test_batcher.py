@@ -380,6 +380,38 @@ def test_who_would_be_answered_too_late_is_refused_at_once():
     asyncio.run(scenario())
 
 
+@pytest.mark.parametrize(("calm", "room"), [(1e9, 9), (0, 19)], ids=["before", "after"])
+def test_a_load_that_goes_on_finds_half_the_room_of_a_burst(monkeypatch, calm, room):
+    """As long as a refusal is not some time ago, the next run may end half as late."""
+    monkeypatch.setattr("anomalyd.serve.batcher.CALM", calm)
+    worker = Gate()
+
+    def admitted(batcher):
+        futures = []
+        with pytest.raises(Late):
+            while True:
+                batcher.admit(1)
+                futures.append(batcher.submit(0))
+        return futures
+
+    async def scenario():
+        batcher = batcher_of(worker, max_batch=32, longest=20.5)
+        know(batcher, 1.0)
+        for expected in (19, room):  # beside the one of the present run
+            worker.open.clear()
+            first = batcher.submit(0)
+            await busy(batcher)
+            waiting = admitted(batcher)
+            assert len(waiting) == expected
+            worker.open.set()
+            await asyncio.gather(first, *waiting)
+            batcher.pace = Pace(32)  # of the runs just made, which took no time
+            know(batcher, 1.0)
+        batcher.close()
+
+    asyncio.run(scenario())
+
+
 def test_who_comes_later_does_not_delay_those_who_wait():
     """When the present run is nearly over, as few may join the next one as when it began."""
     worker = Gate()
