@@ -5,7 +5,9 @@
     request ─┘                 └─ as soon as none runs, or full ──┘
 
 While one batch runs the one before is judged and the next one gathers, so batches grow with the
-load by themselves; `max_wait` adds a pause for company when nothing runs. What would not be
+load by themselves; `max_wait` adds a pause for company when nothing runs. A full batch need not
+wait for the run before it: they share the CPUs, of which none is idle then while a run's last
+thread still works. What would not be
 answered in time, by the time that runs have taken lately, is refused before it waits, so that
 beyond capacity those who are let in keep their latency.
 """
@@ -122,12 +124,13 @@ class Batcher(Generic[Job, Answer]):
     Belongs to the event loop that submits to it; only `run` leaves that loop's thread.
 
     Args:
-        run: the costly half, from jobs to whatever `judge` takes; called one at a time.
+        run: the costly half, from jobs to whatever `judge` takes; called in threads.
         judge: from jobs and what their run gave to as many answers in the same order, while the
             next batch runs. Where either half raises for several jobs, each goes through both
             alone, so that one bad job fails alone.
         max_batch: most jobs in a batch.
-        max_wait: how long a job waits for company while the worker is idle, seconds.
+        max_wait: how long a job waits for company while nothing runs, seconds.
+        runs: most runs at one time; beside another one only a full batch is run.
         capacity: most jobs that wait; a further one is refused.
         most_bytes: most bytes that wait.
         longest: jobs that would make the run they join end later than this after the run before
@@ -146,6 +149,7 @@ class Batcher(Generic[Job, Answer]):
         *,
         max_batch: int,
         max_wait: float,
+        runs: int = 1,
         capacity: int,
         timeout: float,
         longest: float = float("inf"),
@@ -157,6 +161,7 @@ class Batcher(Generic[Job, Answer]):
         self._judge = judge
         self._max_batch = max_batch
         self._max_wait = max_wait
+        self._runs = runs
         self._timeout = timeout
         self._longest = longest
         self._most_bytes = most_bytes
@@ -167,12 +172,12 @@ class Batcher(Generic[Job, Answer]):
         self._waiting: OrderedDict[asyncio.Future[Answer], _Waiting[Job]] = OrderedDict()
         self._bytes = 0
         self._timer: asyncio.Handle | None = None
-        self._busy = self._closed = False
-        self._run_takes = 0.0  # the present run, by estimate, seconds
-        self._free_at = 0.0
+        self._closed = False
+        self._running: list[float] = []  # seconds that each present run takes, by estimate
+        self._free_at = self._last_end = 0.0
         self._burst_from = 0.0  # from when on a burst may come again
-        self._one = threading.Lock()  # also against the other thread, which runs failed jobs again
-        self._runner = ThreadPoolExecutor(1, thread_name_prefix="score")
+        self._places = threading.Semaphore(runs)  # the judging thread runs failed jobs again
+        self._runner = ThreadPoolExecutor(runs, thread_name_prefix="score")
         self._judging = ThreadPoolExecutor(1, thread_name_prefix="judge")
 
     @property
@@ -189,7 +194,7 @@ class Batcher(Generic[Job, Answer]):
     def wait(self) -> float:
         """How long a job submitted now has to wait, by estimate, seconds."""
         ahead = self.pace.seconds(len(self._waiting)) if self._waiting else 0.0
-        if self._busy:
+        if self._running:
             ahead += max(0.0, self._free_at - time.perf_counter())
         return ahead
 
@@ -203,13 +208,13 @@ class Batcher(Generic[Job, Answer]):
                 before it, and each who joins it makes it longer: so both runs count in full, of
                 which a request's own images are one, for it knows what it asks for.
         """
-        if not self._busy and not self._waiting:
+        if not self._running and not self._waiting:
             if jobs > self.capacity:
                 raise QueueFull
             return
         if len(self._waiting) + jobs > self.capacity:
             raise QueueFull(self.wait)
-        both = self._run_takes + self.pace.seconds(len(self._waiting) + 1)
+        both = sum(self._running) + self.pace.seconds(len(self._waiting) + 1)
         now = time.perf_counter()
         longest = self._longest if now >= self._burst_from else self._longest / 2
         too_long = both > longest and both > 2 * self.pace.seconds(FEWEST)
@@ -269,11 +274,11 @@ class Batcher(Generic[Job, Answer]):
 
     def _wake(self, loop: asyncio.AbstractEventLoop) -> None:
         """Start a batch now if one is full, soon if one may still grow."""
-        if self._busy or self._closed:
+        if self._closed:
             return
-        if len(self._waiting) >= self._max_batch:
+        while len(self._waiting) >= self._max_batch and len(self._running) < self._runs:
             self._start(loop)
-        elif self._timer is None and self._waiting:
+        if not self._running and self._waiting and self._timer is None:
             # Even a pause of nothing lets every request that has already arrived join.
             self._timer = loop.call_later(self._max_wait, self._start, loop)
 
@@ -284,11 +289,11 @@ class Batcher(Generic[Job, Answer]):
         now = time.perf_counter()
         futures, jobs = self._take(now)
         if jobs:
-            self._busy = True
-            self._run_takes = self.pace.seconds(len(jobs))
-            self._free_at = now + self._run_takes
+            takes = self.pace.seconds(len(jobs))
+            self._running.append(takes)
+            self._free_at = now + sum(self._running)
             running = loop.run_in_executor(self._runner, self._ran, jobs)
-            running.add_done_callback(partial(self._free, loop, futures, jobs, now))
+            running.add_done_callback(partial(self._free, loop, futures, jobs, now, takes))
 
     def _take(self, now: float) -> tuple[list[asyncio.Future[Answer]], list[Job]]:
         futures: list[asyncio.Future[Answer]] = []
@@ -308,7 +313,7 @@ class Batcher(Generic[Job, Answer]):
 
     def _ran(self, jobs: list[Job]) -> Outcome | _Failure:
         try:
-            with self._one:
+            with self._places:
                 return self._run(jobs)
         except Exception as error:  # noqa: BLE001  # each job alone will show whose fault it is
             return _Failure(error)
@@ -319,16 +324,19 @@ class Batcher(Generic[Job, Answer]):
         futures: list[asyncio.Future[Answer]],
         jobs: list[Job],
         started: float,
+        takes: float,
         running: asyncio.Future[Outcome | _Failure],
     ) -> None:
         """A run has ended: start the next one first, then have this one judged."""
-        self._busy = False
-        self._run_takes = 0.0
+        self._running.remove(takes)
         if running.cancelled():
             for future in futures:
                 future.cancel()
             return
-        self.pace.note(len(jobs), time.perf_counter() - started)
+        now = time.perf_counter()
+        # Of two at one time each took what lies between their ends: they shared the CPUs.
+        self.pace.note(len(jobs), now - max(started, self._last_end))
+        self._last_end = now
         self._wake(loop)
         judging = loop.run_in_executor(self._judging, self._judged, jobs, running.result())
         judging.add_done_callback(partial(self._answer, futures))

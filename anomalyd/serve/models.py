@@ -290,6 +290,7 @@ def make_model(
         judge,
         max_batch=settings.max_batch,
         max_wait=settings.max_wait,
+        runs=2,
         capacity=settings.queue_images,
         most_bytes=settings.queue_bytes,
         longest=settings.queue_wait,

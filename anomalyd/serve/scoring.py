@@ -127,7 +127,7 @@ class Scorer:
         try:
             if watched and gone is not None:
                 await _answered_or_gone(futures, gone)
-            scored = [await future for future in futures]  # they end in this order
+            scored = [await future for future in futures]  # no callback each
         except BaseException:
             for future in futures:
                 batcher.drop(future)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import time
+from collections import deque
 
 import pytest
 from hypothesis import given, settings
@@ -16,17 +18,17 @@ from anomalyd.serve.batcher import Batcher, BatchFailed, Expired, Late, Pace, Qu
 class Worker:
     """Answers job n with (n, the batch it came in); notes its batches; fails on poison."""
 
-    def __init__(self, delays=(), poison=()):
+    def __init__(self, delays=(), poison=(), runs=1):
         self.batches = []
-        self.delays = list(delays)
+        self.delays = deque(delays)
         self.poison = set(poison)
-        self.running = threading.Lock()
+        self.running = threading.Semaphore(runs)
 
     def __call__(self, jobs):
-        assert self.running.acquire(blocking=False), "two batches at one time"
+        assert self.running.acquire(blocking=False), "too many batches at one time"
         try:
             self.batches.append(jobs)
-            if self.delays:
+            with contextlib.suppress(IndexError):
                 time.sleep(self.delays.pop())
             if self.poison & set(jobs):
                 raise ValueError("poison")
@@ -81,14 +83,15 @@ pauses = st.lists(st.sampled_from([0.0, 0.0, 0.0, 0.0005, 0.002]), min_size=1, m
     gone=st.sets(st.integers(0, 39), max_size=5),
     max_batch=st.integers(1, 8),
     max_wait=st.sampled_from([0.0, 0.001]),
+    runs=st.integers(1, 3),
     late=st.booleans(),
 )
 def test_each_answer_belongs_to_its_request(
-    pauses, delays, poison, gone, max_batch, max_wait, late
+    pauses, delays, poison, gone, max_batch, max_wait, runs, late
 ):
     """Whatever the timing, failures in either half and departures, a client gets its own answer
     or error."""
-    worker = Worker(delays, set() if late else poison)
+    worker = Worker(delays, set() if late else poison, runs)
     judged = Worker(delays, poison if late else ())
 
     def judge(jobs, answers):
@@ -107,7 +110,9 @@ def test_each_answer_belongs_to_its_request(
             return "failed"
 
     async def scenario():
-        batcher = batcher_of(worker, judge=judge, max_batch=max_batch, max_wait=max_wait)
+        batcher = batcher_of(
+            worker, judge=judge, max_batch=max_batch, max_wait=max_wait, runs=runs
+        )
         answers = await asyncio.gather(
             *(client(batcher, job, pause) for job, pause in enumerate(pauses))
         )
@@ -154,6 +159,43 @@ def test_the_next_batch_runs_while_one_is_judged():
         return answers
 
     assert asyncio.run(scenario()) == [0, 1]
+
+
+def test_a_full_batch_runs_beside_another():
+    """As soon as it is full, and no third one; what does not fill a batch waits for its turn."""
+    worker = Gate(runs=2)
+
+    async def scenario():
+        batcher = batcher_of(worker, max_batch=2, runs=2)
+        futures = [batcher.submit(0)]
+        await busy(batcher)
+        futures += batcher.submit_all([1, 2, 3, 4, 5])
+        await asyncio.sleep(0)
+        assert batcher.depth == 3
+        worker.open.set()
+        await asyncio.gather(*futures)
+        batcher.close()
+
+    asyncio.run(scenario())
+    assert sorted(worker.batches) == [[0], [1, 2], [3, 4], [5]]
+
+
+def test_two_runs_at_one_time_do_not_seem_slow():
+    """Sharing the CPUs, both take twice as long, and as many are done in that time."""
+    both = threading.Barrier(2)
+
+    def run(jobs):
+        both.wait(10)
+        time.sleep(0.1)
+        return jobs
+
+    async def scenario():
+        batcher = batcher_of(run, max_batch=1, runs=2)
+        await asyncio.gather(*(batcher.submit(job) for job in range(8)))
+        batcher.close()
+        return batcher.pace.seconds(1)
+
+    assert asyncio.run(scenario()) < 0.1
 
 
 def test_a_bad_job_fails_alone(caplog):
