@@ -98,12 +98,12 @@ class Pace:
 
     def _run(self, jobs: int) -> float:
         each, size = self._each, jobs.bit_length()
-        if size not in each:
-            if not each:
-                return 0.0
-            # The nearest smaller run: too long an estimate, but what it lets in corrects it.
-            size = max((known for known in each if known < size), default=min(each))
-        return jobs * each[size]
+        if not each:
+            return 0.0
+        # In company a job takes no longer than alone: so what was measured of smaller runs, too
+        # long an estimate, lets larger ones in, which correct it.
+        smaller = [seconds for known, seconds in each.items() if known <= size]
+        return jobs * (min(smaller) if smaller else each[min(each)])
 
 
 class _Waiting(NamedTuple, Generic[Job]):

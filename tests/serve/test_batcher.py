@@ -539,6 +539,16 @@ def test_the_pace_stays_within_what_was_measured(runs):
         assert estimate == 0 or min(each) * 0.999 <= estimate <= max(each) * 1.001
 
 
+def test_large_runs_that_were_slow_once_are_not_held_against_what_comes():
+    """When small runs are quick again, large ones are let in again; nothing else would show it."""
+    pace = Pace(32)
+    for jobs, seconds in ((1, 0.1), (32, 3.2), (1, 0.001)):
+        for _ in range(Pace.LAST):
+            pace.note(jobs, seconds)
+    assert pace.seconds(1) == 0.001
+    assert pace.seconds(32) == 0.032
+
+
 def test_a_run_that_was_held_up_changes_nothing():
     """Nor does the very first one say anything; a machine that has become slow is known soon."""
     pace = Pace(4)
