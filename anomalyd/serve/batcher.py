@@ -118,6 +118,12 @@ class _Failure:
     error: Exception
 
 
+class _Ran(NamedTuple):
+    outcome: Outcome | _Failure
+    began: float
+    ended: float
+
+
 class Batcher(Generic[Job, Answer]):
     """Gathers jobs into batches and hands each its own answer.
 
@@ -293,7 +299,7 @@ class Batcher(Generic[Job, Answer]):
             self._running.append(takes)
             self._free_at = now + sum(self._running)
             running = loop.run_in_executor(self._runner, self._ran, jobs)
-            running.add_done_callback(partial(self._free, loop, futures, jobs, now, takes))
+            running.add_done_callback(partial(self._free, loop, futures, jobs, takes))
 
     def _take(self, now: float) -> tuple[list[asyncio.Future[Answer]], list[Job]]:
         futures: list[asyncio.Future[Answer]] = []
@@ -311,21 +317,22 @@ class Batcher(Generic[Job, Answer]):
             jobs.append(waiting.job)
         return futures, jobs
 
-    def _ran(self, jobs: list[Job]) -> Outcome | _Failure:
-        try:
-            with self._places:
-                return self._run(jobs)
-        except Exception as error:  # noqa: BLE001  # each job alone will show whose fault it is
-            return _Failure(error)
+    def _ran(self, jobs: list[Job]) -> _Ran:
+        with self._places:
+            began = time.perf_counter()
+            try:
+                outcome = self._run(jobs)
+            except Exception as error:  # noqa: BLE001  # each job alone will show whose fault it is
+                outcome = _Failure(error)
+            return _Ran(outcome, began, time.perf_counter())
 
     def _free(
         self,
         loop: asyncio.AbstractEventLoop,
         futures: list[asyncio.Future[Answer]],
         jobs: list[Job],
-        started: float,
         takes: float,
-        running: asyncio.Future[Outcome | _Failure],
+        running: asyncio.Future[_Ran],
     ) -> None:
         """A run has ended: start the next one first, then have this one judged."""
         self._running.remove(takes)
@@ -333,12 +340,12 @@ class Batcher(Generic[Job, Answer]):
             for future in futures:
                 future.cancel()
             return
-        now = time.perf_counter()
+        outcome, began, ended = running.result()
         # Of two at one time each took what lies between their ends: they shared the CPUs.
-        self.pace.note(len(jobs), now - max(started, self._last_end))
-        self._last_end = now
+        self.pace.note(len(jobs), max(0.0, ended - max(began, self._last_end)))
+        self._last_end = max(ended, self._last_end)
         self._wake(loop)
-        judging = loop.run_in_executor(self._judging, self._judged, jobs, running.result())
+        judging = loop.run_in_executor(self._judging, self._judged, jobs, outcome)
         judging.add_done_callback(partial(self._answer, futures))
 
     def _judged(self, jobs: list[Job], outcome: Outcome | _Failure) -> Sequence[Answer | _Failure]:
@@ -351,7 +358,7 @@ class Batcher(Generic[Job, Answer]):
         except Exception as error:  # noqa: BLE001  # as above
             if len(jobs) == 1:
                 return [_Failure(error)]
-            return [self._judged([job], self._ran([job]))[0] for job in jobs]
+            return [self._judged([job], self._ran([job]).outcome)[0] for job in jobs]
         return answers
 
     def _answer(
