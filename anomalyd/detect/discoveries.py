@@ -95,7 +95,7 @@ def discoveries_given(
 ) -> dict[str, Discoveries]:
     """The same from p-values, by the calibration set that there is: only batches are drawn.
 
-    For verdicts that rest on calibration class by class, where normal images without a class
+    Of the normal images each takes a half, or no two batches would differ in them. For verdicts that rest on calibration class by class, where normal images without a class
     cannot be pooled.
 
     Args:
@@ -107,7 +107,7 @@ def discoveries_given(
     def split(rng: np.random.Generator) -> tuple[Floats, Callable[[Floats], Floats]]:
         return rng.permutation(normal), lambda p_values: p_values
 
-    return _simulated(split, len(normal), outliers, q, share, splits, seed)
+    return _simulated(split, -(-len(normal) // 2), outliers, q, share, splits, seed)
 
 
 def _simulated(

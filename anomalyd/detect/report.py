@@ -159,7 +159,7 @@ def html(
     if result.classification is not None:
         sections.append(_labels(result.classification))
     if result.outliers:
-        sections += [_sets(result), _batches(result), _scores(result)]
+        sections += [_sets(result), _batches(result, detector), _scores(result)]
     sections.append(_histograms(result, detector))
     if result.outliers:
         sections.append(
@@ -362,7 +362,7 @@ def _sets(result: Evaluated) -> str:
     )
 
 
-def _batches(result: Evaluated) -> str:
+def _batches(result: Evaluated, detector: Detector) -> str:
     rows = []
     for name, found in result.outliers.items():
         batches = found.discoveries
@@ -370,11 +370,15 @@ def _batches(result: Evaluated) -> str:
         cells += [_number(batches.mean_fdp, f"± {2 * batches.standard_error:.4f}")]
         rows.append(("", [*cells, f"{batches.power:.4f}"]))
     headings = ["outliers", "batch", "outliers in it", "mean share of false flags", "caught"]
+    calibration, promised = "each with a calibration set drawn from the pooled scores", ""
+    if detector.labels:
+        calibration = "each with the calibration set that the bundle has"
+        promised = ", on average over such sets"
     return (
         f"<h3>Batches flagged at a false discovery rate of {result.fdr:g}</h3>"
-        f"<p>{SPLITS} random splits, each with a calibration set of its own drawn from the pooled "
-        f"scores and a batch with {100 * SHARE:g} % outliers. The mean share of false flags is "
-        f"promised to be at most {result.fdr:g}; small print: two standard errors.</p>"
+        f"<p>{SPLITS} random splits, {calibration} and a batch with {100 * SHARE:g} % outliers. The "
+        f"mean share of false flags is promised to be at most {result.fdr:g}{promised}; small "
+        "print: two standard errors.</p>"
         + _table(headings, rows)
     )
 
