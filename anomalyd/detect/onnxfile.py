@@ -469,6 +469,8 @@ def _wire(data: memoryview, budget: _Budget) -> Iterator[tuple[int, int | memory
 
 
 def _varint(data: memoryview, at: int) -> tuple[int, int]:
+    if at < len(data) and data[at] < 0x80:  # nearly all of them
+        return data[at], at + 1
     value = shift = 0
     for place in range(at, min(at + 10, len(data))):
         byte = data[place]

@@ -296,13 +296,13 @@ def _side_by_side(function: Callable[[T], R], items: Sequence[T]) -> list[R]:
     In threads that the end of the process does not wait for, as a pool's would be.
     """
     results: dict[int, R] = {}
-    cpus = available_cpus()
+    left = iter(range(len(items)))  # `next` is atomic
 
-    def work(first: int) -> None:
-        for number in range(first, len(items), cpus):
+    def work() -> None:
+        for number in left:
             results[number] = function(items[number])
 
-    threads = [threading.Thread(target=work, args=(n,), daemon=True) for n in range(cpus)]
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(available_cpus())]
     for thread in threads:
         thread.start()
     for thread in threads:
