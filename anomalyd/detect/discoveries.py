@@ -95,8 +95,8 @@ def discoveries_given(
 ) -> dict[str, Discoveries]:
     """The same from p-values, by the calibration set that there is: only batches are drawn.
 
-    Of the normal images each takes a half, or no two batches would differ in them. For verdicts that rest on calibration class by class, where normal images without a class
-    cannot be pooled.
+    Of the normal images each takes a half, or no two batches would differ in them. For verdicts
+    that rest on calibration class by class, where normal images without a class cannot be pooled.
 
     Args:
         normal: float64 (N,), p-values of normal test images.

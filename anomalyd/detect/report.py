@@ -376,10 +376,9 @@ def _batches(result: Evaluated, detector: Detector) -> str:
         promised = ", on average over such sets"
     return (
         f"<h3>Batches flagged at a false discovery rate of {result.fdr:g}</h3>"
-        f"<p>{SPLITS} random splits, {calibration} and a batch with {100 * SHARE:g} % outliers. The "
-        f"mean share of false flags is promised to be at most {result.fdr:g}{promised}; small "
-        "print: two standard errors.</p>"
-        + _table(headings, rows)
+        f"<p>{SPLITS} random splits, {calibration} and a batch with {100 * SHARE:g} % outliers. "
+        f"The mean share of false flags is promised to be at most {result.fdr:g}{promised}; "
+        "small print: two standard errors.</p>" + _table(headings, rows)
     )
 
 

@@ -1,15 +1,14 @@
 """Many single requests, few runs of the model.
 
     request ─┐                 ┌─> run([job, job, job]) ─> judge ─┐
-    request ─┼─> bounded queue ┤   (one thread)       (another)   ├─> each its answer
+    request ─┼─> bounded queue ┤   (a thread)         (another)   ├─> each its answer
     request ─┘                 └─ as soon as none runs, or full ──┘
 
 While one batch runs the one before is judged and the next one gathers, so batches grow with the
 load by themselves; `max_wait` adds a pause for company when nothing runs. A full batch need not
-wait for the run before it: they share the CPUs, of which none is idle then while a run's last
-thread still works. What would not be
-answered in time, by the time that runs have taken lately, is refused before it waits, so that
-beyond capacity those who are let in keep their latency.
+wait for the end of a run, where some CPUs are idle already. What would not be answered in time,
+by the time that runs have taken lately, is refused before it waits, so that beyond capacity those
+who are let in keep their latency.
 """
 
 from __future__ import annotations
@@ -67,7 +66,7 @@ class BatchFailed(Exception):
 
 
 class Pace:
-    """How long runs take: the median of the last few, apart for runs of 1, 2-3, 4-7, ... jobs.
+    """How long the model takes: the median of the last runs, apart for 1, 2-3, 4-7, ... jobs.
 
     The median, so that a machine that stalls for once refuses nobody; of the last few, so that
     one that has become slow is known soon.
