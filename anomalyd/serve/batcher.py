@@ -36,9 +36,10 @@ logger = logging.getLogger(__name__)
 # However slow a model is, as many images may wait.
 FEWEST = 4
 
-# A burst may wait for `longest`, a load that goes on for half of it: until so many times
-# `longest` have passed in which nobody had to be refused.
-CALM = 3
+# A burst may wait for `longest`. From the first refusal on half of it counts, for as long as the
+# model works for this share of the time: where it does not, something else holds the clients up.
+STANDING = 0.9
+MEMORY = 2  # times `longest`: after so long a run counts half in this share
 
 
 class QueueFull(Exception):
@@ -139,9 +140,9 @@ class Batcher(Generic[Job, Answer]):
         capacity: most jobs that wait; a further one is refused.
         most_bytes: most bytes that wait.
         longest: jobs that would make the run they join end later than this after the run before
-            it began, by estimate, are refused, seconds; half of it counts for a while after that,
-            so that a burst finds room, and a load that goes on finds a short queue (after "Fail
-            at Scale", Maurer 2015).
+            it began, by estimate, are refused, seconds; half of it counts after that while
+            runs follow one another without a pause, so that a burst finds room, and a load that
+            goes on finds a short queue (after "Fail at Scale", Maurer 2015).
         timeout: a job that has waited longer is not run, seconds.
         size: bytes of a job.
         waited: called with each job's time in the queue, seconds.
@@ -180,7 +181,7 @@ class Batcher(Generic[Job, Answer]):
         self._closed = False
         self._running: list[float] = []  # seconds that each present run takes, by estimate
         self._free_at = self._last_end = 0.0
-        self._burst_from = 0.0  # from when on a burst may come again
+        self._load = 0.0  # share of the time that something ran, from a refusal on, else 0
         self._places = threading.Semaphore(runs)  # the judging thread runs failed jobs again
         self._runner = ThreadPoolExecutor(runs, thread_name_prefix="score")
         self._judging = ThreadPoolExecutor(1, thread_name_prefix="judge")
@@ -220,11 +221,10 @@ class Batcher(Generic[Job, Answer]):
         if len(self._waiting) + jobs > self.capacity:
             raise QueueFull(self.wait)
         both = sum(self._running) + self.pace.seconds(len(self._waiting) + 1)
-        now = time.perf_counter()
-        longest = self._longest if now >= self._burst_from else self._longest / 2
+        longest = self._longest / 2 if self._load else self._longest
         too_long = both > longest and both > 2 * self.pace.seconds(FEWEST)
         if too_long:
-            self._burst_from = now + CALM * self._longest
+            self._load = self._load or 1.0
         if too_long or (timeout is not None and self.wait > timeout):
             raise Late(self.wait)
 
@@ -340,12 +340,24 @@ class Batcher(Generic[Job, Answer]):
                 future.cancel()
             return
         outcome, began, ended = running.result()
-        # Of two at one time each took what lies between their ends: they shared the CPUs.
-        self.pace.note(len(jobs), max(0.0, ended - max(began, self._last_end)))
-        self._last_end = max(ended, self._last_end)
+        if ended > self._last_end:
+            self._learn(len(jobs), began, ended)
         self._wake(loop)
         judging = loop.run_in_executor(self._judging, self._judged, jobs, outcome)
         judging.add_done_callback(partial(self._answer, futures))
+
+    def _learn(self, jobs: int, began: float, ended: float) -> None:
+        """What a run says of the model's pace, and of whether it has any rest."""
+        passed = ended - self._last_end
+        # Of two at one time each took what lies between their ends: they shared the CPUs.
+        seconds = min(ended - began, passed)
+        self.pace.note(jobs, seconds)
+        self._last_end = ended
+        if self._load:
+            kept = 0.5 ** (passed / max(MEMORY * self._longest, 1e-9))
+            self._load = kept * self._load + (1 - kept) * seconds / passed
+            if self._load < STANDING:
+                self._load = 0.0
 
     def _judged(self, jobs: list[Job], outcome: Outcome | _Failure) -> Sequence[Answer | _Failure]:
         try:

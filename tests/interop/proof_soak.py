@@ -26,6 +26,7 @@ SECONDS = float(os.environ.get("ANOMALYD_SOAK_SECONDS", "60"))
 WHOLE = SECONDS >= 600
 RELOADS = 1000 if WHOLE else 50
 RESTARTS = 20 if WHOLE else 3
+STALLS = 75
 BOOT = (IMAGES / "boot.png").read_bytes()
 # Where overload is not what is proven, a machine that is busy with other things refuses nobody.
 PATIENCE = 10
@@ -153,6 +154,27 @@ def test_soak(record_property):
     assert not {status for status in bad.statuses if status >= 500} - {503}, shown
     assert growth <= 1.05, " ".join(f"{each / 2**20:.0f}" for each in memory)
     assert (code, "Traceback" in said) == (0, False), said[-3000:]
+
+
+def test_stalls(record_property):
+    """A daemon that is held up again and again, as on a machine that others load, serves all its
+    clients once that ends: what runs took then is not held against who comes later."""
+    with (
+        daemon(TRAINED / VAE) as running,
+        Traffic(16, lambda number: keep_asking(running.port, scoring()), pause=0) as traffic,
+    ):
+        for _ in range(STALLS):
+            running.process.send_signal(signal.SIGSTOP)
+            time.sleep(0.03)
+            running.process.send_signal(signal.SIGCONT)
+            time.sleep(0.01)
+        time.sleep(1)
+        before = traffic.statuses.copy()
+        time.sleep(3)
+        after = traffic.statuses - before
+    record_property("measured", f"{after[200]:,} of {after.total():,} requests answered after it")
+    assert set(traffic.statuses) <= {200, 503}, dict(traffic.statuses)
+    assert after[503] <= after.total() / 10, dict(after)
 
 
 def test_reloads(tmp_path, record_property):

@@ -422,10 +422,10 @@ def test_who_would_be_answered_too_late_is_refused_at_once():
     asyncio.run(scenario())
 
 
-@pytest.mark.parametrize(("calm", "room"), [(1e9, 9), (0, 19)], ids=["before", "after"])
-def test_a_load_that_goes_on_finds_half_the_room_of_a_burst(monkeypatch, calm, room):
-    """As long as a refusal is not some time ago, the next run may end half as late."""
-    monkeypatch.setattr("anomalyd.serve.batcher.CALM", calm)
+@pytest.mark.parametrize(("memory", "room"), [(1e9, 9), (0, 19)], ids=["goes on", "pauses"])
+def test_a_load_that_goes_on_finds_half_the_room_of_a_burst(monkeypatch, memory, room):
+    """From the first refusal on the next run may end half as late, until the model has a rest."""
+    monkeypatch.setattr("anomalyd.serve.batcher.MEMORY", memory)
     worker = Gate()
 
     def admitted(batcher):
@@ -438,8 +438,12 @@ def test_a_load_that_goes_on_finds_half_the_room_of_a_burst(monkeypatch, calm, r
 
     async def scenario():
         batcher = batcher_of(worker, max_batch=32, longest=20.5)
-        know(batcher, 1.0)
+        worker.open.set()
+        await batcher.submit(0)
         for expected in (19, room):  # beside the one of the present run
+            batcher.pace = Pace(32)  # the runs of this test take no time
+            know(batcher, 1.0)
+            await asyncio.sleep(0.1)
             worker.open.clear()
             first = batcher.submit(0)
             await busy(batcher)
@@ -447,8 +451,6 @@ def test_a_load_that_goes_on_finds_half_the_room_of_a_burst(monkeypatch, calm, r
             assert len(waiting) == expected
             worker.open.set()
             await asyncio.gather(first, *waiting)
-            batcher.pace = Pace(32)  # of the runs just made, which took no time
-            know(batcher, 1.0)
         batcher.close()
 
     asyncio.run(scenario())
