@@ -290,7 +290,7 @@ def make_model(
         judge,
         max_batch=settings.max_batch,
         max_wait=settings.max_wait,
-        runs=2,
+        runs=min(2, settings.max_batch),  # who asks for one image at a time gets it
         capacity=settings.queue_images,
         most_bytes=settings.queue_bytes,
         longest=settings.queue_wait,

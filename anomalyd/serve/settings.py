@@ -44,7 +44,7 @@ class ServeSettings:
     max_pixels: int = setting(25_000_000, help="largest image, pixels before resizing", low=1)
     max_images: int = setting(128, help="most images in one multipart request", low=1)
     max_batch: int = setting(
-        32, help="most images in one run of a model; beside it only a full one may run", low=1
+        32, help="most images in one run of a model; two full ones may go on at a time", low=1
     )
     max_wait: float = setting(
         0.0, help="how long a lone image waits for company, seconds", low=0, high=10

@@ -276,7 +276,7 @@ def test_overload_is_503_with_retry_after(fake):
     async def scenario():
         fake.session.open.clear()
         first = asyncio.ensure_future(fake.send("POST", "/v1/score", content=NORMAL))
-        while fake.batcher.depth or not fake.batcher._busy:
+        while fake.batcher.depth or not fake.batcher._running:
             await asyncio.sleep(0.001)
         waiting = [
             asyncio.ensure_future(fake.send("POST", "/v1/score", content=NORMAL)) for _ in range(2)
@@ -303,7 +303,7 @@ def test_a_client_that_leaves_the_queue_costs_no_run(fake):
     async def scenario():
         fake.session.open.clear()
         first = asyncio.ensure_future(fake.send("POST", "/v1/score", content=NORMAL))
-        while fake.batcher.depth or not fake.batcher._busy:
+        while fake.batcher.depth or not fake.batcher._running:
             await asyncio.sleep(0.001)
         second = asyncio.ensure_future(fake.send("POST", "/v1/score", content=NORMAL))
         while fake.batcher.depth < 1:

@@ -475,7 +475,7 @@ def test_a_timeout_in_microseconds(bundle):
         daemon.session.open.clear()
         body = {"inputs": [image(NORMAL)]}
         first = asyncio.ensure_future(daemon.send("POST", INFER, json=body))
-        while daemon.batcher.depth or not daemon.batcher._busy:
+        while daemon.batcher.depth or not daemon.batcher._running:
             await asyncio.sleep(0.001)
         hasty = await daemon.send("POST", INFER, json=body | {"parameters": {"timeout": 1000}})
         daemon.session.open.set()
