@@ -127,10 +127,10 @@ class _Ran(NamedTuple):
 class Batcher(Generic[Job, Answer]):
     """Gathers jobs into batches and hands each its own answer.
 
-    Belongs to the event loop that submits to it; only `run` leaves that loop's thread.
+    Belongs to the event loop that submits to it; only `run` and `judge` leave that loop's thread.
 
     Args:
-        run: the costly half, from jobs to whatever `judge` takes; called in threads.
+        run: the costly half, from jobs to whatever `judge` takes; called in a thread.
         judge: from jobs and what their run gave to as many answers in the same order, while the
             next batch runs. Where either half raises for several jobs, each goes through both
             alone, so that one bad job fails alone.

@@ -26,7 +26,7 @@ SECONDS = float(os.environ.get("ANOMALYD_SOAK_SECONDS", "60"))
 WHOLE = SECONDS >= 600
 RELOADS = 1000 if WHOLE else 50
 RESTARTS = 20 if WHOLE else 3
-STALLS = 75
+STALLS = 75  # three seconds, in which the daemon has a quarter of the time
 BOOT = (IMAGES / "boot.png").read_bytes()
 # Where overload is not what is proven, a machine that is busy with other things refuses nobody.
 PATIENCE = 10
