@@ -12,7 +12,7 @@ import math
 import re
 import struct
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -60,7 +60,10 @@ def _npy(array: NDArray[Any]) -> bytes:
 
 
 def unpack_arrays(
-    data: bytes, expected: Mapping[str, tuple[str, int]], what: str
+    data: bytes,
+    expected: Mapping[str, tuple[str, int]],
+    what: str,
+    later: Collection[str] = (),
 ) -> dict[str, NDArray[Any]]:
     """Arrays of an .npz that holds exactly the expected keys, read-only.
 
@@ -68,26 +71,29 @@ def unpack_arrays(
         data: bytes of the file.
         expected: key -> (dtype in NumPy's spelling, e.g. "<f8"; number of dimensions).
         what: name of the file, for messages.
+        later: those of the keys that older files lack, all of them.
 
     Raises:
         BundleError: not such a file, or a key, dtype or shape other than expected.
     """
+    names = {f"{key}.npy" for key in expected}
     try:
-        members = _members(data, {f"{key}.npy" for key in expected})
+        members = _members(data, names, names - {f"{key}.npy" for key in later})
     except _BAD_ZIP as error:
         raise BundleError(f"{what}: not a plain .npz file: {error}; copy it again") from None
     return {
         key: _array(members[f"{key}.npy"], dtype, ndim, f"{what}: {key}")
         for key, (dtype, ndim) in expected.items()
+        if f"{key}.npy" in members
     }
 
 
-def _members(data: bytes, names: set[str]) -> dict[str, bytes]:
-    _check_directory(data, len(names))
+def _members(data: bytes, names: set[str], older: set[str]) -> dict[str, bytes]:
+    _check_directory(data, {len(names), len(older)})
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         entries = archive.infolist()
         found = sorted(entry.filename for entry in entries)
-        if found != sorted(names):
+        if found not in (sorted(names), sorted(older)):
             raise ValueError(f"it must hold {sorted(names)}, not {found}")
         for entry in entries:
             if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > len(data):
@@ -95,7 +101,7 @@ def _members(data: bytes, names: set[str]) -> dict[str, bytes]:
         return {entry.filename: archive.read(entry) for entry in entries}
 
 
-def _check_directory(data: bytes, count: int) -> None:
+def _check_directory(data: bytes, counts: set[int]) -> None:
     """Bound the zip's directory before `zipfile` reads it into objects."""
     end = data[-22:]
     if len(end) < 22 or not end.startswith(b"PK\x05\x06"):
@@ -103,8 +109,8 @@ def _check_directory(data: bytes, count: int) -> None:
     _, _, _, here, total, size, _, comment = struct.unpack("<4s4H2LH", end)
     if data[-42:-38] == b"PK\x06\x07" or comment or size > _MAX_DIRECTORY:
         raise ValueError("its zip directory is not a plain one")
-    if here != count or total != count:
-        raise ValueError(f"it must hold {count} arrays, not {total}")
+    if here not in counts or total != here:
+        raise ValueError(f"it must hold {max(counts)} arrays, not {total}")
 
 
 def _array(data: bytes, dtype: str, ndim: int, what: str) -> NDArray[Any]:

@@ -8,7 +8,7 @@
     class_nearest_normals
                         that within each class: an image is as strange as it is to the class that
                         it suits best
-    texture             how unusual the neighbourhoods of a photograph's pixels are (texture.py)
+    texture             how unusual a photograph's neighbourhoods and grain are (texture.py)
 
 Everything a score needs to know comes from the fit split, never from the calibration split: a
 score that looked at the calibration images would not be exchangeable with theirs, and the

@@ -6,8 +6,11 @@
     windows             means of the channels over six windows, from 3 x 3 to lines of 33 pixels
     a density           of these means over all pixels of normal photographs: one Gaussian
     surprise            -log of the share of those pixels, as far from the border as this one,
-                        that are at least as unusual
-    a score             log of the mean over all pixels of 1 / share
+                        that are at least as unusual; its exponentials averaged with those of
+                        the line of the grain that the pixel is in, where there is grain (grain.py)
+    a score             log of the mean over all pixels of 1 / share, without the grain, and the
+                        sharpest step of the grain, each in interquartile ranges from the median
+                        of normal photographs; their sum
 
 The density's map alone says where single pixels are improbable; a defect is where many pixels in
 a row are a little odd, in the same way. What is usual depends on the way to the border, for light,
@@ -23,11 +26,12 @@ References:
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from anomalyd.detect import grain
 from anomalyd.detect.npz import pack_arrays, unpack_arrays
 from anomalyd.errors import BundleError
 
@@ -54,6 +58,14 @@ _ARRAYS = {
     "mean": ("<f8", 1),
     "whiten": ("<f8", 2),
     "quantiles": ("<f8", 2),
+    "direction": ("<i8", 1),
+    "lines": ("<f8", 1),
+    "usual": ("<f8", 2),
+}
+_NO_GRAIN = {
+    "direction": np.array([grain.NO_GRAIN]),
+    "lines": LEVELS,
+    "usual": np.array([[0.0, 0.0], [1.0, 1.0]]),
 }
 
 
@@ -64,11 +76,13 @@ class Field(NamedTuple):
         grey: float32 (H, W), 0..255.
         nll: float32 (H, W), nats.
         excess: float32 (H, W), standard deviations.
+        grain: of the photograph, less scaled down: along its columns, and along its rows.
     """
 
     grey: Floats
     nll: Floats
     excess: Floats
+    grain: tuple[grain.Reading, grain.Reading]
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,6 +96,10 @@ class Texture:
         whiten: float64 (F, F): distance^2 = |(x - mean) whiten|^2.
         quantiles: float64 (B, Q), rising: distance^2 / 2 that a share exp(-LEVELS) of the pixels
             exceeds, by distance from the border.
+        direction: int64 (1,), of the grain: 0 along columns, 1 along rows, -1 none.
+        lines: float64 (Q,), rising: how far apart a share exp(-LEVELS) of the lines exceeds.
+        usual: float64 (2, 2), median and interquartile range of both parts of the score over
+            normal photographs; 0 and 1 where there is no grain.
     """
 
     line: NDArray[np.float64]
@@ -89,30 +107,36 @@ class Texture:
     mean: NDArray[np.float64]
     whiten: NDArray[np.float64]
     quantiles: NDArray[np.float64]
+    direction: NDArray[np.int64]
+    lines: NDArray[np.float64]
+    usual: NDArray[np.float64]
 
-    def surprise(self, field: Field) -> Floats:
-        """-log of the share of normal pixels that are as unusual, float32 (H, W), nats, >= 0."""
-        height, width = field.grey.shape
-        distance = np.concatenate([self._distance(band) for band in self._bands(field)])
-        near = _border(height, width)
-        surprise = np.empty((height, width), np.float32)
-        for place, quantiles in enumerate(self.quantiles):
-            here = near == place
-            surprise[here] = _tail(distance[here], quantiles)
-        return surprise
+    def judge(self, field: Field) -> tuple[float, Floats]:
+        """Score a photograph, 0 for a typical one, and map its surprise.
 
-    @staticmethod
-    def score(surprise: Floats) -> float:
-        """log of the mean of exp(surprise): of normal pixels near 0, whatever their number."""
-        most = float(surprise.max())
-        return most + float(np.log(np.mean(np.exp(surprise - most), dtype=np.float64)))
+        Returns:
+            The score, and float32 (H, W), nats, >= 0: -log of the share of normal pixels that
+            are as unusual, where there is grain of the harmonic mean of that and the share of
+            normal lines.
+        """
+        surprise = self._surprise(field)
+        parts = self._parts(field, surprise)
+        score = float(((parts - self.usual[0]) / self.usual[1]).sum())
+        direction = int(self.direction[0])
+        if direction != grain.NO_GRAIN:
+            apart = _stretched(field.grain[direction].apart, surprise.shape[direction])
+            lines = _tail(apart, self.lines).astype(np.float32)
+            across = lines[:, None] if direction == 0 else lines
+            np.logaddexp(surprise, across, out=surprise)
+            surprise -= np.float32(np.log(2))
+        return score, surprise
 
     @staticmethod
     def fit(normal: Sequence[Field]) -> Texture:
         """Fit to normal photographs, at least one."""
         line, spread = _fit_line([field.grey for field in normal])
         blank = np.empty(0)
-        features = Texture(line, spread, blank, blank, blank)
+        features = Texture(line, spread, blank, blank, blank, **_NO_GRAIN)
         many = CHANNELS * len(WINDOWS)
         total, squares, count = np.zeros(many), np.zeros((many, many)), 0
         for field in normal:
@@ -124,7 +148,7 @@ class Texture:
         covariance = squares / count - np.outer(mean, mean)
         covariance += np.diag(RIDGE * np.diag(covariance) + 1e-9)
         whiten = np.linalg.cholesky(np.linalg.inv(covariance))
-        fitted = Texture(line, spread, mean, whiten, blank)
+        fitted = replace(features, mean=mean, whiten=whiten)
         distances = [
             np.concatenate([fitted._distance(band) for band in fitted._bands(field)]).ravel()
             for field in normal
@@ -134,9 +158,18 @@ class Texture:
         quantiles = []
         for place in range(len(BORDERS) + 1):
             here = every[near == place]
-            chosen = here if len(here) >= FEWEST else every
-            quantiles.append(np.quantile(chosen.astype(np.float64), 1 - np.exp(-LEVELS)))
-        return Texture(line, spread, mean, whiten, np.array(quantiles))
+            quantiles.append(_quantiles(here if len(here) >= FEWEST else every))
+        direction = grain.direction([field.grain for field in normal])
+        apart = [field.grain[direction].apart for field in normal]
+        fitted = replace(
+            fitted,
+            quantiles=np.array(quantiles),
+            direction=np.array([direction]),
+            lines=_quantiles(np.concatenate(apart)),
+        )
+        parts = [fitted._parts(field, fitted._surprise(field)) for field in normal]
+        low, median, high = np.quantile(parts, [0.25, 0.5, 0.75], axis=0)
+        return replace(fitted, usual=np.stack([median, np.where(high > low, high - low, 1)]))
 
     def pack(self) -> bytes:
         """Bytes of `texture.npz`; the same numbers always give the same bytes."""
@@ -151,7 +184,8 @@ class Texture:
         Raises:
             BundleError: naming the array, the rule and what was found.
         """
-        texture = Texture(**unpack_arrays(data, _ARRAYS, "texture.npz"))
+        arrays = unpack_arrays(data, _ARRAYS, "texture.npz", later=_NO_GRAIN)
+        texture = Texture(**{**_NO_GRAIN, **arrays})
         many = CHANNELS * len(WINDOWS)
         shapes = {
             "line": (len(_BEFORE) + 1,),
@@ -159,6 +193,9 @@ class Texture:
             "mean": (many,),
             "whiten": (many, many),
             "quantiles": (len(BORDERS) + 1, len(LEVELS)),
+            "direction": (1,),
+            "lines": (len(LEVELS),),
+            "usual": (2, 2),
         }
         for key in fields(texture):
             array, shape = getattr(texture, key.name), shapes[key.name]
@@ -167,9 +204,33 @@ class Texture:
                     f"texture.npz: {key.name} must be finite and of the shape {shape}, not "
                     f"{array.shape}; train again"
                 )
-        if not texture.spread[0] > 0 or (np.diff(texture.quantiles) < 0).any():
-            raise BundleError("texture.npz: spread must be positive, quantiles rise; train again")
+        if not (texture.spread > 0).all() or not (texture.usual[1] > 0).all():
+            raise BundleError("texture.npz: spread and usual[1] must be positive; train again")
+        if (np.diff(texture.quantiles) < 0).any() or (np.diff(texture.lines) < 0).any():
+            raise BundleError("texture.npz: quantiles and lines must rise; train again")
+        if texture.direction[0] not in (grain.NO_GRAIN, 0, 1):
+            found = texture.direction[0]
+            raise BundleError(
+                f"texture.npz: direction must be -1, 0 or 1, not {found}; train again"
+            )
         return texture
+
+    def _surprise(self, field: Field) -> Floats:
+        """-log of the share of normal pixels that are as unusual, float32 (H, W), >= 0."""
+        height, width = field.grey.shape
+        distance = np.concatenate([self._distance(band) for band in self._bands(field)])
+        near = _border(height, width)
+        surprise = np.empty((height, width), np.float32)
+        for place, quantiles in enumerate(self.quantiles):
+            here = near == place
+            surprise[here] = _tail(distance[here], quantiles)
+        return surprise
+
+    def _parts(self, field: Field, surprise: Floats) -> NDArray[np.float64]:
+        """Both parts of the score, (2,): the mean of exp(surprise) is near 1 at any size."""
+        direction = int(self.direction[0])
+        step = 0.0 if direction == grain.NO_GRAIN else field.grain[direction].step
+        return np.array([_log_mean_exp(surprise), step])
 
     def _distance(self, features: Floats) -> Floats:
         away = (features - self.mean.astype(np.float32)) @ self.whiten.astype(np.float32)
@@ -183,17 +244,17 @@ class Texture:
         for top in range(0, height, step):
             first, last = max(0, top - HALO), min(height, top + step + HALO)
             rows = slice(top - first, min(height, top + step) - first)
-            channels = self._channels(Field(*(part[first:last] for part in field)))
+            channels = self._channels(*(part[first:last] for part in field[:3]))
             yield np.stack(
                 [_window(channel, *size)[rows] for size in WINDOWS for channel in channels], axis=2
             )
 
-    def _channels(self, field: Field) -> list[Floats]:
-        log = np.log(field.grey + 8)
+    def _channels(self, grey: Floats, nll: Floats, excess: Floats) -> list[Floats]:
+        log = np.log(grey + 8)
         weights = self.line.astype(np.float32)
         left = log - sum(w * x for w, x in zip(weights, _before(log), strict=False)) - weights[-1]
         left = np.clip(left / np.float32(self.spread[0]), -6, 6)
-        excess = np.clip(field.excess, -6, 6)
+        excess = np.clip(excess, -6, 6)
         return [
             left,
             _log(left),
@@ -204,7 +265,7 @@ class Texture:
             _log(log - _moved(log, 0, 1), 0.01),
             _log(log - _moved(log, 1, 0), 0.01),
             log,
-            field.nll,
+            nll,
             excess,
             _log(excess),
         ]
@@ -268,7 +329,26 @@ def _border(height: int, width: int) -> NDArray[np.intp]:
     return np.minimum(down[:, None], across)
 
 
-def _tail(distance: Floats, quantiles: NDArray[np.float64]) -> NDArray[np.float64]:
+def _log_mean_exp(values: Floats) -> float:
+    most = float(values.max())
+    return most + float(np.log(np.mean(np.exp(values - most), dtype=np.float64)))
+
+
+def _quantiles(distance: NDArray[np.floating]) -> NDArray[np.float64]:
+    """The distances that shares exp(-LEVELS) exceed."""
+    shares = 1 - np.exp(-LEVELS)
+    quantiles: NDArray[np.float64] = np.quantile(distance.astype(np.float64), shares)
+    return quantiles
+
+
+def _stretched(lines: NDArray[np.float64], count: int) -> NDArray[np.float64]:
+    """Values of a photograph's lines at those of the photograph scaled down."""
+    places = (np.arange(count) + 0.5) * len(lines) / count - 0.5
+    stretched: NDArray[np.float64] = np.interp(places, np.arange(len(lines)), lines)
+    return stretched
+
+
+def _tail(distance: NDArray[np.floating], quantiles: NDArray[np.float64]) -> NDArray[np.float64]:
     """-log of the share beyond, between quantiles and on in the line of the last nat."""
     nat = round(1 / (LEVELS[1] - LEVELS[0]))
     slope = 1 / max(float(quantiles[-1] - quantiles[-1 - nat]), 1e-6)

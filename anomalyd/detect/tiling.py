@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
+from anomalyd.detect import grain
 from anomalyd.detect.runtime import Raw, Session
 from anomalyd.detect.texture import Field, Texture
 
@@ -205,11 +206,19 @@ def read(
 def field(session: Session, spec: ImageSpec, image: NDArray[np.uint8]) -> Field:
     """What a texture is fitted to: one photograph with the maps that the density has of it."""
     _, maps, small = read(session, spec, image, maps=MAPS)
-    return _field(maps, small)
+    return _field(spec, image, maps, small)
 
 
-def _field(maps: dict[str, NDArray[np.float32]], small: NDArray[np.uint8]) -> Field:
-    return Field(small.mean(axis=2, dtype=np.float32), maps["nll_map"], maps["excess_map"])
+def _field(
+    spec: ImageSpec,
+    image: NDArray[np.uint8],
+    maps: dict[str, NDArray[np.float32]],
+    small: NDArray[np.uint8],
+) -> Field:
+    # Streaks are thin: the grain is read at twice the density's scale.
+    lines = grain.read(shrunk(image, max(1, spec.shrink // 2)))
+    grey = small.mean(axis=2, dtype=np.float32)
+    return Field(grey, maps["nll_map"], maps["excess_map"], lines)
 
 
 def _photograph(
@@ -226,8 +235,8 @@ def _photograph(
     progress(1)
     if texture is None:
         return raw
-    surprise = texture.surprise(_field(maps, small))
-    raw = dataclasses.replace(raw, texture=np.array([texture.score(surprise)]))
+    score, surprise = texture.judge(_field(spec, image, maps, small))
+    raw = dataclasses.replace(raw, texture=np.array([score]))
     if not nll_map:
         return raw
     large = surprise.repeat(spec.shrink, axis=0).repeat(spec.shrink, axis=1)

@@ -240,11 +240,12 @@ def _score(manifest: Manifest) -> str:
     """What the score is, and what it is not."""
     if manifest.image.tiled:
         return (
-            "The score says how unusual the neighbourhoods of the photograph's pixels are: the "
+            "The score says how unusual the neighbourhoods of the photograph's pixels are, the "
             "log of the mean over all pixels of 1 / (share of normal pixels, as far from the "
-            "border, that are as unusual). The heat map shows these shares, pixel by pixel; "
-            "nothing is promised of it, nor about outliers: what changes slowly over the whole "
-            "photograph passes, and what lies within the variety of the normal surface."
+            "border, that are as unusual), and, where the surface has a grain, how sharply it "
+            "changes from line to line; 0 is typical. The heat map shows the shares of pixels and "
+            "of lines; nothing is promised of it, nor about outliers: a drift of brightness over "
+            "the whole photograph passes, and what lies within the variety of the normal surface."
         )
     names = ", ".join(f"`{name}`" for name in manifest.statistics)
     columns = f"{1 + len(manifest.statistics)} columns made comparable by their ranks"
@@ -331,5 +332,5 @@ def histogram(scores: NDArray[np.float64], threshold: float | None, *, bins: int
         if threshold is not None and not marked and high >= threshold:
             rows.append(f"{'-' * 12} outlier from {threshold:.4f} {'-' * 28}")
             marked = True
-        rows.append(f"{low:6.3f}-{high:5.3f} {'#' * round(40 * int(count) / widest)} {count}")
+        rows.append(f"{low:7.3f} to {high:6.3f} {'#' * round(40 * int(count) / widest)} {count}")
     return "\n".join(rows)
