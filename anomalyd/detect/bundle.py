@@ -148,13 +148,13 @@ def find_bundles(path: str | Path) -> list[Path]:
         BundleError: no such folder.
     """
     root = Path(path)
-    if (_standing(root) / MANIFEST).is_file():
+    if _is_bundle(root):
         return [root]
     if not root.is_dir():
         raise BundleError(f"bundle {root}: no such folder; name a bundle or a folder of bundles")
     names = {_name_of(entry.name) for entry in root.iterdir()}
     inside = [root / name for name in names if name is not None]
-    return sorted(entry for entry in inside if (_standing(entry) / MANIFEST).is_file())
+    return sorted(entry for entry in inside if _is_bundle(entry))
 
 
 def read_bundle(path: str | Path) -> Bundle:
@@ -170,8 +170,9 @@ def read_bundle(path: str | Path) -> Bundle:
         try:
             return dataclasses.replace(_read_folder(folder), path=root)
         except BundleError as error:
-            # A writer may have put another bundle here while this one was being read.
-            if _identity(_standing(root)) == before:
+            # A writer may have put another bundle here while this one was being read, or be
+            # about to: between its two renames this one stands at another path.
+            if _standing(root) == folder and _identity(folder) == before:
                 raise BundleError(f"bundle {root}: {error}") from None
 
 
@@ -462,6 +463,12 @@ def _standing(path: Path) -> Path:
     return old if old.is_dir() and not resolved.exists() else path
 
 
+def _is_bundle(path: Path) -> bool:
+    """Whether one stands there, looked for twice: a writer may move it between two looks."""
+    places = (path, _old(_resolved(path)), path)
+    return any((place / MANIFEST).is_file() for place in places)
+
+
 def _resolved(path: Path) -> Path:
     return Path(os.path.realpath(path))  # unlike Path.resolve, does not mind a loop of links
 
@@ -473,9 +480,10 @@ def _name_of(entry: str) -> str | None:
     return None if entry.startswith(".") else entry
 
 
-def _identity(folder: Path) -> tuple[int, int] | None:
+def _identity(folder: Path) -> tuple[int, int, int] | None:
+    """What another folder at the same path differs in, even one with a removed one's inode."""
     try:
         status = folder.stat()
     except OSError:
         return None
-    return status.st_dev, status.st_ino
+    return status.st_dev, status.st_ino, status.st_mtime_ns

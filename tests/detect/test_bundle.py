@@ -18,6 +18,7 @@ import tiny
 from hypothesis import given
 from hypothesis import strategies as st
 
+from anomalyd.detect import bundle as module
 from anomalyd.detect.bundle import (
     Calibration,
     Golden,
@@ -258,6 +259,21 @@ class TestKilledWriter:
         assert bundle.path == path
         assert bundle.read("CARD.md").startswith(b"# tiny")
 
+    def test_a_bundle_that_is_set_aside_while_it_is_read_is_read_there(
+        self, tmp_path, monkeypatch
+    ):
+        """The path it had is empty for the moment between a writer's two renames."""
+        path = tiny.tiny_bundle(tmp_path)
+        read_folder = module._read_folder
+
+        def set_aside_first(folder):
+            monkeypatch.setattr(module, "_read_folder", read_folder)
+            path.rename(tmp_path / ".tiny.old")
+            return read_folder(folder)
+
+        monkeypatch.setattr(module, "_read_folder", set_aside_first)
+        assert read_bundle(path).manifest.name == "tiny"
+
     def test_the_next_writer_tidies_up(self, tmp_path):
         """It takes the set-aside bundle for the one to replace, and leaves one folder."""
         path = tiny.tiny_bundle(tmp_path)
@@ -306,11 +322,13 @@ class TestKilledWriter:
                 [sys.executable, script, TESTS, path], stdout=subprocess.PIPE, text=True
             )
             with writer:
-                assert writer.stdout.readline() == "ready\n"
-                stop = time.monotonic() + rng.uniform(0.1, 0.5)
-                while time.monotonic() < stop:
-                    assert read_bundle(path).manifest.name == "tiny"
-                os.kill(writer.pid, signal.SIGKILL)
+                try:
+                    assert writer.stdout.readline() == "ready\n"
+                    stop = time.monotonic() + rng.uniform(0.1, 0.5)
+                    while time.monotonic() < stop:
+                        assert read_bundle(path).manifest.name == "tiny"
+                finally:
+                    os.kill(writer.pid, signal.SIGKILL)
             assert read_bundle(path).manifest.name == "tiny"
             assert find_bundles(tmp_path) == [path]
 
