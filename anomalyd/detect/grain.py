@@ -123,5 +123,11 @@ def _runs(rows: NDArray[np.float32], many: int = LINE) -> NDArray[np.float32]:
 
 
 def _difference(lines: NDArray[np.float32], others: NDArray[np.float32]) -> NDArray[np.float64]:
-    difference: NDArray[np.float64] = np.square(lines - others).mean(axis=1, dtype=np.float64)
+    """The mean square of each line less another, or less the same for all, a few at a time."""
+    others = np.broadcast_to(others, lines.shape)
+    difference = np.empty(len(lines))
+    band = max(1, BLOCK // lines.shape[1])
+    for first in range(0, len(lines), band):
+        some = slice(first, first + band)
+        difference[some] = np.square(lines[some] - others[some]).mean(axis=1, dtype=np.float64)
     return difference
