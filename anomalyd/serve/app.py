@@ -12,7 +12,6 @@ GET  /                          a page to drop an image on
 from __future__ import annotations
 
 import base64
-import logging
 import time
 from collections.abc import Callable
 from functools import cache, partial
@@ -31,7 +30,7 @@ from anomalyd.errors import ImageError
 from anomalyd.serve.access import ADMIN, SCORE, Access
 from anomalyd.serve.body import Bodies, boundary_of, header, split_multipart
 from anomalyd.serve.control import Control
-from anomalyd.serve.logs import Identity, identified
+from anomalyd.serve.logs import Identity, identified, log_request
 from anomalyd.serve.models import Model, Models
 from anomalyd.serve.openapi import OPENAPI
 from anomalyd.serve.problems import ClientGone, Problem, problem_response, told
@@ -41,8 +40,6 @@ from anomalyd.serve.settings import ServeSettings
 
 __all__ = ["create_app"]
 
-access_log = logging.getLogger("anomalyd.access")
-
 CLIENT_GONE = 499  # counted, never sent
 # Asked by orchestrators and browsers, which have no token; they tell nothing of the models.
 OPEN = {"/livez", "/readyz", "/startupz", "/v2/health/live", "/v2/health/ready", "/"}
@@ -51,7 +48,8 @@ NUMBERS, SWITCHES, PRIOR = ("alpha", "label_alpha", "reject_cost"), ("heatmap", 
 TRUTHS = {"1": True, "true": True, "0": False, "false": False}
 PAGE_POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
-    "connect-src 'self'; img-src data: blob:; base-uri 'none'; form-action 'none'"
+    "connect-src 'self'; img-src data: blob:; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'"
 )
 
 
@@ -280,13 +278,20 @@ class Edge:
         identity = Identity.of(scope["headers"])
         identified.set(identity)
         code = 0
+        # Who waits for leave to send his body and is refused may send it or the next request.
+        unsent = header(scope, b"expect") is not None
+
+        async def receiving() -> Message:
+            nonlocal unsent
+            unsent = False  # to receive is to give leave
+            return await receive()
 
         async def noting(message: Message) -> None:
             nonlocal code
             if not code:
                 code = message["status"]
                 message["headers"].append((b"x-request-id", identity.encoded))
-                if self._models.stopping:  # the next request is to go elsewhere
+                if self._models.stopping or unsent:  # the next request is to go elsewhere
                     message["headers"].append((b"connection", b"close"))
             await send(message)
 
@@ -295,7 +300,7 @@ class Edge:
         try:
             if self._access is not None:
                 self._admit(self._access, scope)
-            await self.router(scope, receive, noting)
+            await self.router(scope, receiving if unsent else receive, noting)
         except ClientGone:
             code = CLIENT_GONE
         except Exception as error:  # the last line of defence: answer and go on
@@ -308,10 +313,10 @@ class Edge:
             matched = scope.get("route")
             route = "unmatched" if matched is None else matched.path
             seconds = time.perf_counter() - started
-            self._count(route, code or CLIENT_GONE, seconds)
+            code = code or CLIENT_GONE
+            self._count(route, code, seconds)
             if self._log_requests:
-                fields = {"route": route, "code": code, "seconds": round(seconds, 6)}
-                access_log.info("request", extra={"fields": fields})
+                log_request(route, code, seconds)
 
     def _count(self, route: str, code: int, seconds: float) -> None:
         count = self._counted.get((route, code))

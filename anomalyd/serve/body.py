@@ -13,7 +13,7 @@ from anomalyd.serve.problems import ClientGone, Problem
 __all__ = ["Bodies", "Intake", "boundary_of", "header", "split_multipart"]
 
 # A client reads no answer before it has sent its body, and closing on it would reset the
-# connection: a body that is too large is read on and thrown away, up to this many times the limit.
+# connection: a body that is refused is read on and thrown away, up to this many times the limit.
 PATIENCE = 4
 
 
@@ -56,7 +56,7 @@ class Intake:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        self._bodies.held -= self._held
+        self._release()
 
     async def read(self, scope: Scope, receive: Receive) -> bytes:
         """The body of a request.
@@ -80,6 +80,7 @@ class Intake:
         chunks: list[bytes] = []
         size = 0
         more = True
+        refused: Problem | None = None
         while more:
             message = await receive()
             if message["type"] == "http.disconnect":
@@ -87,13 +88,21 @@ class Intake:
             chunk: bytes = message.get("body", b"")
             more = message.get("more_body", False)
             size += len(chunk)
-            if size <= limit:
+            if size > PATIENCE * limit:
+                raise self._too_large(close=True)
+            if size > limit or refused is not None:
+                continue
+            try:
                 self.hold(len(chunk))
                 chunks.append(chunk)
-            elif size > PATIENCE * limit:
-                raise self._too_large(close=True)
+            except Problem as problem:
+                refused = problem
+                self._release()
+                chunks.clear()
         if size > limit:
             raise self._too_large()
+        if refused is not None:
+            raise refused
         return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
     def hold(self, size: int) -> None:
@@ -105,9 +114,13 @@ class Intake:
         bodies = self._bodies
         if bodies.held + size > bodies.total:
             detail = f"{bodies.held} bytes of requests are held already; come again"
-            raise Problem(503, "queue_full", detail, close=True)
+            raise Problem(503, "queue_full", detail)
         bodies.held += size
         self._held += size
+
+    def _release(self) -> None:
+        self._bodies.held -= self._held
+        self._held = 0
 
     def _too_large(self, *, close: bool = False) -> Problem:
         limit = self._bodies.limit

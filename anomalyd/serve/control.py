@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from anomalyd.serve.models import Models
     from anomalyd.serve.settings import ServeSettings
 
-__all__ = ["Control", "Local", "in_thread"]
+__all__ = ["Control", "Local", "check_allowed", "in_thread", "left_running"]
+
+THREAD = "change of what is served"
 
 
 class Control(Protocol):
@@ -46,16 +48,11 @@ class Control(Protocol):
 
 
 class Local:
-    """The repository and the metrics of a daemon that is one process.
-
-    Attributes:
-        busy: how many changes of what is served are under way.
-    """
+    """The repository and the metrics of a daemon that is one process."""
 
     def __init__(self, settings: ServeSettings, models: Models) -> None:
         self._settings = settings
         self._models = models
-        self.busy = 0
         loads = models.metrics.loads
         self._repository = Repository(
             settings,
@@ -75,35 +72,28 @@ class Local:
 
     async def started(self) -> None:
         """The same in a thread."""
-        await self._changing(self.start)
+        await in_thread(self.start)
 
     async def refresh(self, *, settle: bool = False) -> None:
         """Serve what is on disk now."""
-        await self._changing(lambda: self._repository.refresh(settle=settle))
+        await in_thread(lambda: self._repository.refresh(settle=settle))
 
     def index(self) -> list[dict[str, Any]]:
         return self._repository.index()
 
     async def load(self, name: str, version: str | None) -> None:
         check_allowed(self._settings)
-        await self._changing(lambda: self._repository.load(name, version))
+        await in_thread(lambda: self._repository.load(name, version))
 
     async def unload(self, name: str, version: str | None) -> None:
         check_allowed(self._settings)
-        await self._changing(lambda: self._repository.unload(name, version))
+        await in_thread(lambda: self._repository.unload(name, version))
 
     async def samples(self) -> Samples:
         return self._models.metrics.samples()
 
     async def exposition(self, accept: str) -> tuple[bytes, str]:
         return self._models.metrics.expose(accept)
-
-    async def _changing(self, change: Callable[[], None]) -> None:
-        self.busy += 1
-        try:
-            await in_thread(change)
-        finally:
-            self.busy -= 1
 
 
 def check_allowed(settings: ServeSettings) -> None:
@@ -139,5 +129,10 @@ async def in_thread(function: Callable[[], None]) -> None:
         if not loop.is_closed():
             loop.call_soon_threadsafe(finish, error)
 
-    threading.Thread(target=run, name="load", daemon=True).start()
+    threading.Thread(target=run, name=THREAD, daemon=True).start()
     await done
+
+
+def left_running() -> bool:
+    """Whether a function that was called so is at work still, and nobody waits for it."""
+    return any(thread.name == THREAD for thread in threading.enumerate())

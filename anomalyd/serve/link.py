@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
 from collections.abc import Awaitable, Callable
 from itertools import count
@@ -14,6 +15,8 @@ from anomalyd.errors import AnomalydError, BundleError
 from anomalyd.serve.problems import Problem
 
 __all__ = ["Gone", "Link"]
+
+logger = logging.getLogger(__name__)
 
 LONGEST = 64 << 20  # bytes of a line
 
@@ -104,6 +107,9 @@ class Link:
             }
         except (AnomalydError, Gone) as error:
             answer["error"] = str(error) or "the other side is gone"
+        except Exception as error:  # an answer all the same: who asked waits for it
+            logger.exception("%s failed", message["ask"])
+            answer["error"] = repr(error)
         try:
             self._send(answer)
         except Gone:

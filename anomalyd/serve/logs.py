@@ -12,7 +12,9 @@ from datetime import UTC, datetime
 from itertools import count
 from typing import NamedTuple
 
-__all__ = ["Identity", "configure", "identified"]
+__all__ = ["Identity", "configure", "identified", "log_request"]
+
+access_log = logging.getLogger("anomalyd.access")
 
 # What a client may call its request; anything else would let it write into the log.
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=-]{1,128}")
@@ -66,14 +68,28 @@ def configure(*, as_json: bool, requests: bool) -> None:
         requests: a line for every request, too.
     """
     handler = logging.StreamHandler()
-    handler.setFormatter(
-        _Json() if as_json else logging.Formatter("%(levelname)s %(name)s: %(message)s")
-    )
+    handler.setFormatter(_Json() if as_json else _Text("%(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
     if requests:
-        logging.getLogger("anomalyd.access").setLevel(logging.INFO)
+        access_log.setLevel(logging.INFO)
     if as_json:
         logging.getLogger("anomalyd.serve").setLevel(logging.INFO)
+
+
+def log_request(route: str, code: int | str, seconds: float) -> None:
+    """A line for a request that is over, of which the rest is known here."""
+    fields = {"route": route, "code": code, "seconds": round(seconds, 6)}
+    access_log.info("request", extra={"fields": fields})
+
+
+class _Text(logging.Formatter):
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        fields = dict(getattr(record, "fields", {}))
+        identity = identified.get()
+        if identity is not None:
+            fields["request_id"] = identity.request_id
+        said = super().formatMessage(record)
+        return said + "".join(f" {name}={value}" for name, value in fields.items())
 
 
 class _Json(logging.Formatter):

@@ -18,14 +18,16 @@ __all__ = ["Family", "counted", "exposition", "families", "merged", "of_versions
 Family = dict[str, Any]
 """A family as JSON: name, type, documentation and [sample name, labels, value] rows."""
 
-# Gauges that say the same in every process; all others are shares of a whole.
+# Gauges that say the same in every process.
 LARGEST = {
     "anomalyd_build_info",
     "anomalyd_last_inference_timestamp_seconds",
+    "anomalyd_model_created_timestamp_seconds",
     "anomalyd_model_info",
     "anomalyd_model_load_duration_seconds",
 }
-SMALLEST = {"anomalyd_model_ready", "process_start_time_seconds"}
+SMALLEST = {"anomalyd_model_ready", "anomalyd_ready", "process_start_time_seconds"}
+# All other gauges are shares of a whole.
 
 
 def families(registry: CollectorRegistry) -> list[Family]:

@@ -92,6 +92,11 @@ class Metrics:
             ["model", "version"],
             registry=registry,
         )
+        self.ready = Gauge(
+            "anomalyd_ready",
+            "1 while requests are welcome, as /readyz says.",
+            registry=registry,
+        )
         self.inflight_bytes = Gauge(
             "anomalyd_inflight_body_bytes",
             "Request bodies held in memory.",
@@ -105,7 +110,7 @@ class Metrics:
         )
         self.images = Counter(
             "anomalyd_images_total",
-            "Images judged: normal, outlier, rejected.",
+            "Images judged: outlier, else rejected where they get no class, else normal.",
             ["model", "version", "verdict"],
             registry=registry,
         )
@@ -290,8 +295,8 @@ class ModelMetrics:
 
     def judged(self, verdict: Verdict) -> None:
         """Count one image's verdict."""
-        outcome = "outlier" if verdict.outlier else "normal"
-        self._verdicts["rejected" if verdict.rejected else outcome].inc()
+        outcome = "rejected" if verdict.rejected else "normal"
+        self._verdicts["outlier" if verdict.outlier else outcome].inc()
         self._bits_per_dim.observe(min(verdict.bits_per_dim, MOST_BITS))
         self._p_value.observe(verdict.p_value)
         if verdict.label is not None:

@@ -129,6 +129,7 @@ class Models:
         self._staged: dict[Key, Model] = {}
         self._by_key: dict[Key, Model] = {}
         self._leaving: frozenset[str] = frozenset()
+        metrics.ready.set_function(lambda: self.ready)
         if models:
             self._staged = {model.key: model for model in models}
             self.publish(list(self._staged), newest(self._staged))
@@ -219,6 +220,10 @@ class Models:
         model = make_model(detector, settings, self.metrics, key=key)
         model.metrics.load_seconds.set(time.perf_counter() - started)
         self._staged[key] = model
+
+    def discard(self, key: Key) -> None:
+        """Forget what was loaded and is not to be published."""
+        self._staged.pop(key, None)
 
     def publish(
         self,

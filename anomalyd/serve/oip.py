@@ -36,6 +36,7 @@ __all__ = [
     "EXTENSIONS",
     "Call",
     "Output",
+    "check_elements",
     "config",
     "elements",
     "images_of",
@@ -44,11 +45,14 @@ __all__ = [
     "packed",
     "parse_json",
     "prepare",
+    "switch",
 ]
 
 EXTENSIONS = ("binary_tensor_data", "model_repository", "model_configuration", "statistics")
 PLATFORM = "onnx_onnxv1"
 MOST_SIDES = 8
+# A list of numbers in JSON takes the event loop as long as all its requests: so many, no more.
+MOST_ELEMENTS = 1 << 20
 Parameter = bool | int | float | str
 Byte = Annotated[int, msgspec.Meta(ge=0, le=255)]
 # The pixels may be nested like their shape, or flat.
@@ -104,9 +108,11 @@ def parse_json(head: bytes | memoryview) -> Call:
     """The JSON of an inference request.
 
     Raises:
-        Problem: 400 not JSON, or not of the protocol's shape.
+        Problem: 400 not JSON, or not of the protocol's shape, 413 more elements than are read.
     """
-    call: Call = _strict(_decoder.decode, head, "the request")
+    text = bytes(head)
+    check_elements(text.count(b",") + text.count(b"["))
+    call: Call = _strict(_decoder.decode, text, "the request")
     return call
 
 
@@ -162,9 +168,9 @@ def images_of(tensor: Tensor, raw: memoryview | None, most: int) -> Sequence[Ima
     if tensor.name == "pixels":
         pixels = _pixels(tensor, raw)
         return list(pixels)
-    images = _texts(tensor) if raw is None else elements(raw)
+    images = _texts(tensor) if raw is None else elements(raw, count)
     if len(images) != count:
-        raise _bad(f"input image has the shape {tensor.shape} and {len(images)} elements")
+        raise _bad(f"input image has the shape {tensor.shape} and other than {count} elements")
     return images
 
 
@@ -180,7 +186,7 @@ def prepare(
     """
     there = [name for name, _, _ in _there(model)]
     if wanted is None:
-        asked_map = _typed(parameters, HEATMAP, bool, "true or false")
+        asked_map = switch(parameters, HEATMAP, False)
         names = [name for name in there if name != "heatmap" or asked_map]
         if asked_map and not model.has_map:
             raise Problem(400, "no_map", f"the bundle {model.name} has no per-pixel map")
@@ -202,6 +208,16 @@ def prepare(
         timeout=timeout / 1e6 if timeout and timeout > 0 else None,
     )
     return asked, names
+
+
+def switch(parameters: Mapping[str, Parameter] | None, name: str, default: bool) -> bool:
+    """A parameter that is true or false.
+
+    Raises:
+        Problem: 400 it is neither.
+    """
+    given = _typed(parameters or {}, name, bool, "true or false")
+    return default if given is None else bool(given)
 
 
 def outputs_of(model: Model, scored: Sequence[Scored], names: Sequence[str]) -> list[Output]:
@@ -244,15 +260,30 @@ def packed(output: Output) -> bytes:
     return np.ascontiguousarray(values, values.dtype.newbyteorder("<")).tobytes()
 
 
-def elements(raw: memoryview) -> list[memoryview]:
+def check_elements(many: int) -> None:
+    """Refuse lists that would hold up everybody else while they are read.
+
+    Raises:
+        Problem: 413 too long.
+    """
+    if many > MOST_ELEMENTS:
+        detail = f"more than {MOST_ELEMENTS} elements in lists; send the tensor as binary data"
+        raise Problem(413, "too_many_bytes", detail)
+
+
+def elements(raw: memoryview, most: int) -> list[memoryview]:
     """The strings of a BYTES tensor, each with its length before it.
+
+    Args:
+        raw: the tensor.
+        most: strings; where there are more, one more is returned and the rest left.
 
     Raises:
         Problem: 400 a length that leads beyond the end.
     """
-    found = []
+    found: list[memoryview] = []
     at, end = 0, len(raw)
-    while at < end:
+    while at < end and len(found) <= most:
         if end - at < 4:
             raise _bad("input image ends in the middle of a length; send uint32 and then bytes")
         (size,) = struct.unpack_from("<I", raw, at)
@@ -301,7 +332,7 @@ def _checked_shape(tensor: Tensor, most: int) -> int:
     datatype = {"image": "BYTES", "pixels": "UINT8"}[name]
     if tensor.datatype != datatype:
         raise _bad(f"input {name} must be {datatype}, not {tensor.datatype[:40]!r}")
-    if len(shape) > MOST_SIDES or any(side < 1 for side in shape):
+    if not 1 <= len(shape) <= MOST_SIDES or any(side < 1 for side in shape):
         raise _bad(f"input {name} must have sides of at least 1, not {str(shape)[:80]}")
     if name == "pixels" and (len(shape) != 4 or shape[3] not in (1, 3)):
         raise _bad(f"input pixels must be [N, H, W, 1 or 3], not {shape}")
@@ -356,7 +387,7 @@ def _texts(tensor: Tensor) -> list[bytes]:
     return images
 
 
-def _strict(decode: Callable[[Any], Any], data: bytes | memoryview, what: str) -> Any:
+def _strict(decode: Callable[[Any], Any], data: bytes, what: str) -> Any:
     try:
         return decode(data)
     except msgspec.MsgspecError as error:
@@ -371,14 +402,16 @@ def _typed(parameters: Mapping[str, Parameter], name: str, kind: type[Any], said
     value = parameters.get(name)
     if value is None:
         return None
-    if kind is float and isinstance(value, str):  # gRPC's older clients have no doubles
+    wrong = _bad(f"parameter {name} must be {said}, not {repr(value)[:40]}")
+    if isinstance(value, bool) != (kind is bool):
+        raise wrong
+    if kind is float:  # in a text, too: gRPC's older clients have no doubles
         try:
             return float(value)
-        except ValueError:
-            pass
-    right = isinstance(value, int | float) if kind is float else isinstance(value, kind)
-    if not right or (isinstance(value, bool) and kind is not bool):
-        raise _bad(f"parameter {name} must be {said}, not {str(value)[:40]!r}")
+        except (ValueError, OverflowError):
+            raise wrong from None
+    if not isinstance(value, kind) or (kind is int and abs(value) >= 1 << 63):
+        raise wrong
     return value
 
 

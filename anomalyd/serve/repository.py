@@ -229,7 +229,10 @@ class Repository:
     def _by_key(self) -> dict[Key, Found]:
         """What is on disk; of two that claim one name and version, the one that is served."""
         there: dict[Key, Found] = {}
+        places = {served.path: key for key, served in self._served.items()}
         for found in filter(_scores, scan(self._settings.bundles)):
+            if not found.mark:  # its manifest does not say who it is; who it was is known
+                found = replace(found, key=places.get(found.path, found.key))
             first, served = there.get(found.key), self._served.get(found.key)
             if first is None or (served is not None and served.path == found.path):
                 there[found.key] = found

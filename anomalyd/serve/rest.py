@@ -39,6 +39,7 @@ __all__ = ["infer", "oip_routes"]
 HEADER_LENGTH = b"inference-header-content-length"
 WBITS = {b"gzip": 31, b"deflate": 15}
 MOST_INLINE = 64 << 10  # bytes that are unpacked without going to another thread
+DEFLATE = 1032  # bytes that one byte unpacks to at most
 SMALL_JSON = 64 << 10
 
 
@@ -97,7 +98,12 @@ class Infer:
         try:
             with self._bodies.intake() as intake:
                 body = await self._read(intake, scope, receive)
-                call, inputs, wants_binary = _parsed(scope, body)
+                call, inputs, alone = _parsed(scope, body)
+                binary = oip.switch(call.parameters, "binary_data_output", alone)
+                carried = {
+                    output.name: oip.switch(output.parameters, "binary_data", binary)
+                    for output in call.outputs or ()
+                }
                 images = self._images(call, inputs)
                 outputs = await infer(model, self._scorer, call, images, receive)
         except Exception:
@@ -106,7 +112,8 @@ class Infer:
         model.metrics.answered()
         started = time.perf_counter()
         # Without an id of the client's, the answer bears the request's own.
-        head, tail = _answer(model, call, outputs, wants_binary, call.id or scope["request_id"])
+        apart = [carried.get(output.name, binary) for output in outputs]
+        head, tail = _answer(model, outputs, apart, call.id or scope["request_id"])
         headers = [
             (b"content-type", b"application/octet-stream" if tail else b"application/json"),
             (b"content-length", b"%d" % (len(head) + sum(map(len, tail)))),
@@ -124,14 +131,13 @@ class Infer:
             if encoding.lower() not in WBITS:
                 raise Problem(415, "encoding", "Content-Encoding must be gzip or deflate")
             # Whatever it unpacks to, it is held beside what came.
+            limit = self._bodies.limit
             with self._bodies.intake() as unpacked:
-                unpacked.hold(self._bodies.limit)
+                unpacked.hold(min(limit, DEFLATE * len(body)))
                 if len(body) <= MOST_INLINE // 16:
-                    body = inflated(body, encoding.lower(), self._bodies.limit)
+                    body = inflated(body, encoding.lower(), limit)
                 else:
-                    body = await self._scorer.offload(
-                        inflated, body, encoding.lower(), self._bodies.limit
-                    )
+                    body = await self._scorer.offload(inflated, body, encoding.lower(), limit)
             intake.hold(len(body))
         return memoryview(body)
 
@@ -215,22 +221,17 @@ def _parsed(scope: Scope, body: memoryview) -> tuple[Call, memoryview, bool]:
 
 
 def _answer(
-    model: Model, call: Call, outputs: Sequence[Output], binary: bool, id: str
+    model: Model, outputs: Sequence[Output], apart: Sequence[bool], id: str
 ) -> tuple[bytes, list[bytes]]:
-    """The JSON of an answer, and the tensors that follow it."""
-    binary = bool((call.parameters or {}).get("binary_data_output", binary))
-    asked = {
-        output.name: bool((output.parameters or {}).get("binary_data", binary))
-        for output in call.outputs or ()
-    }
+    """The JSON of an answer, and the tensors that follow it because they go apart from it."""
     described, tail = [], []
-    for output in outputs:
+    for output, binary in zip(outputs, apart, strict=True):
         entry: dict[str, Any] = {
             "name": output.name,
             "datatype": output.datatype,
             "shape": output.shape,
         }
-        if asked.get(output.name, binary):
+        if binary:
             data = oip.packed(output)
             entry["parameters"] = {"binary_data_size": len(data)}
             tail.append(data)

@@ -7,6 +7,7 @@ repository: whoever installs the package needs the small protobuf runtime and no
 from __future__ import annotations
 
 import asyncio
+import inspect
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from importlib.metadata import version
@@ -15,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 from anomalyd.errors import AnomalydError, MissingExtra
 from anomalyd.serve import oip
 from anomalyd.serve.access import ADMIN, SCORE, Access
+from anomalyd.serve.batcher import QueueFull
 from anomalyd.serve.control import Control
-from anomalyd.serve.logs import Identity, identified
+from anomalyd.serve.logs import Identity, identified, log_request
 from anomalyd.serve.models import Model, Models
 from anomalyd.serve.problems import Problem, told
 from anomalyd.serve.rest import infer
@@ -41,6 +43,7 @@ __all__ = ["Rpc"]
 pb: Any = inference_pb2  # its names are made as it is imported
 SERVICE = "inference.GRPCInferenceService"
 MOST_CALLS = 128  # under way at one time; each holds a message, of which gRPC counts no bytes
+MOST_STREAMS = 128  # of health and reflection, which last as long as the client likes
 MESSAGE_OVERHEAD = 1 << 20  # bytes beside the images
 CODES = {
     400: grpc.StatusCode.INVALID_ARGUMENT,
@@ -56,7 +59,39 @@ REASONS = {
     "queue_full": grpc.StatusCode.RESOURCE_EXHAUSTED,
     "deadline": grpc.StatusCode.DEADLINE_EXCEEDED,
 }
+LOOK_SECONDS = 0.02
 OPEN = ("ServerLive", "ServerReady")
+FIELDS = {"BYTES": "bytes_contents", "UINT8": "uint_contents"}
+
+
+class _FewStreams(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+    """Refuses a stream where many are open, so that those who hold theirs keep nobody out."""
+
+    def __init__(self) -> None:
+        self._open = 0
+
+    async def intercept_service(self, continuation: Any, details: Any) -> Any:
+        handler = await continuation(details)
+        if handler is None or not handler.response_streaming:
+            return handler
+        kind = "stream_stream" if handler.request_streaming else "unary_stream"
+        method = getattr(handler, kind)
+
+        async def bounded(request: Any, context: Any) -> Any:
+            if self._open >= MOST_STREAMS:
+                await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many open streams")
+            self._open += 1
+            try:
+                answers = method(request, context)
+                if inspect.isawaitable(answers):  # it writes its answers to the context
+                    await answers
+                    return
+                async for answer in answers:
+                    await context.write(answer)
+            finally:
+                self._open -= 1
+
+        return handler._replace(**{kind: bounded})
 
 
 class Rpc:
@@ -87,13 +122,15 @@ class Rpc:
         self._settings = settings
         self._access = access
         self._health = health.aio.HealthServicer()
+        self._calls = 0  # under way
         self._server = grpc.aio.server(
+            interceptors=[_FewStreams()],
             options=[
                 ("grpc.max_receive_message_length", settings.max_body_bytes + MESSAGE_OVERHEAD),
                 ("grpc.max_send_message_length", -1),
                 ("grpc.so_reuseport", int(settings.workers > 1)),
             ],
-            maximum_concurrent_rpcs=MOST_CALLS,
+            maximum_concurrent_rpcs=MOST_CALLS + MOST_STREAMS,
         )
         self._server.add_generic_rpc_handlers((self._handlers(),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
@@ -131,10 +168,15 @@ class Rpc:
         for name in ("", SERVICE):
             await self._health.set(name, status)
 
-    async def stop(self, grace: float) -> None:
-        """Finish what is under way, for so many seconds at most."""
+    async def stop(self, grace: float, now: Callable[[], bool] = lambda: False) -> None:
+        """Finish the calls under way, for so many seconds at most, or until it must be now."""
         await self._health.enter_graceful_shutdown()
-        await self._server.stop(grace)
+        stopping = asyncio.ensure_future(self._server.stop(grace))
+        while self._calls and not stopping.done() and not now():
+            await asyncio.sleep(LOOK_SECONDS)
+        # Streams are left, which end with the server and not before.
+        await self._server.stop(0)
+        await stopping
 
     # The service
 
@@ -153,6 +195,7 @@ class Rpc:
                 pb.ModelMetadataRequest,
                 pb.ModelMetadataResponse,
             ),
+            "ModelConfig": (self._config, pb.ModelConfigRequest, pb.ModelConfigResponse),
             "ModelInfer": (self._infer, pb.ModelInferRequest, pb.ModelInferResponse),
             "ModelStatistics": (
                 self._statistics,
@@ -199,7 +242,10 @@ class Rpc:
             identity = Identity.of(headers)
             identified.set(identity)
             code = grpc.StatusCode.OK
+            self._calls += 1
             try:
+                if self._calls > MOST_CALLS:
+                    raise QueueFull
                 if self._access is not None and name not in OPEN:
                     given = dict(headers).get(b"authorization")
                     self._access.check(given, scope)
@@ -209,12 +255,16 @@ class Rpc:
                 raise
             except Exception as error:  # noqa: BLE001  # the last line of defence: answer and go on
                 problem = told(error, self._models.metrics)
-                code = _code(problem)
+                code = _code(error, problem)
                 context.set_trailing_metadata((("x-request-id", identity.request_id),))
                 await context.abort(code, str(problem))
             finally:
+                self._calls -= 1
+                seconds = time.perf_counter() - started
                 metrics.requests.labels(route, code.name).inc()
-                metrics.request_seconds.labels(route).observe(time.perf_counter() - started)
+                metrics.request_seconds.labels(route).observe(seconds)
+                if self._settings.log_requests:
+                    log_request(route, code.name, seconds)
 
         return guarded
 
@@ -236,6 +286,10 @@ class Rpc:
     async def _model_metadata(self, request: Any, context: Any) -> Any:
         model = self._found(request.name, request.version)
         return pb.ModelMetadataResponse(**oip.metadata(model, self._models.versions(model.name)))
+
+    async def _config(self, request: Any, context: Any) -> Any:
+        model = self._found(request.name, request.version)
+        return pb.ModelConfigResponse(config=oip.config(model, self._settings.max_images))
 
     async def _infer(self, request: Any, context: Any) -> Any:
         model = self._found(request.model_name, request.model_version)
@@ -300,7 +354,7 @@ def _call(request: Any) -> oip.Call:
         raise _bad("give one input: image (BYTES) or pixels (UINT8)")
     (tensor,) = request.inputs
     return oip.Call(
-        [oip.Tensor(tensor.name, list(tensor.shape), tensor.datatype)],
+        [oip.Tensor(tensor.name, list(tensor.shape[: oip.MOST_SIDES + 1]), tensor.datatype)],
         id=request.id,
         parameters=_parameters(request.parameters),
         outputs=[oip.Wanted(output.name) for output in request.outputs] or None,
@@ -308,19 +362,38 @@ def _call(request: Any) -> oip.Call:
 
 
 def _images(request: Any, call: oip.Call, most: int) -> Sequence[Any]:
-    contents = request.inputs[0].contents
+    (tensor,) = request.inputs
     if request.raw_input_contents:
-        if len(request.raw_input_contents) != 1 or request.inputs[0].HasField("contents"):
+        if len(request.raw_input_contents) != 1 or tensor.HasField("contents"):
             raise _bad("give raw_input_contents for the one input, and then no contents")
         raw = request.raw_input_contents[0]
-    elif contents.bytes_contents:
-        raw = b"".join(len(one).to_bytes(4, "little") + one for one in contents.bytes_contents)
     else:
-        try:
-            raw = bytes(contents.uint_contents)
-        except ValueError:
-            raise _bad("input pixels must hold numbers from 0 to 255") from None
+        raw = _contents(tensor)
     return oip.images_of(call.inputs[0], memoryview(raw), most)
+
+
+def _contents(tensor: Any) -> bytes:
+    """The bytes of a tensor whose elements came one by one."""
+    field = FIELDS.get(tensor.datatype)
+    if field is None:
+        return b""  # the types that there are will be said
+    given = [described.name for described, _ in tensor.contents.ListFields()]
+    if given != [field]:
+        raise _bad(f"{tensor.datatype} comes in {field}, or better in raw_input_contents")
+    values = getattr(tensor.contents, field)
+    oip.check_elements(len(values))
+    return _framed(values) if tensor.datatype == "BYTES" else _bytes(values)
+
+
+def _framed(strings: Sequence[bytes]) -> bytes:
+    return b"".join(len(one).to_bytes(4, "little") + one for one in strings)
+
+
+def _bytes(numbers: Sequence[int]) -> bytes:
+    try:
+        return bytes(numbers)
+    except ValueError:
+        raise _bad("input pixels must hold numbers from 0 to 255") from None
 
 
 def _parameters(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -348,7 +421,9 @@ def _headers(metadata: Iterable[tuple[str, str | bytes]]) -> list[tuple[bytes, b
     ]
 
 
-def _code(problem: Problem) -> Any:
+def _code(error: Exception, problem: Problem) -> Any:
+    if isinstance(error, QueueFull):  # too late as well: no deadline of the client's has passed
+        return grpc.StatusCode.RESOURCE_EXHAUSTED
     by_status = CODES.get(problem.status, grpc.StatusCode.INTERNAL)
     return REASONS.get(problem.reason or "", by_status)
 

@@ -78,8 +78,14 @@ class Scorer:
 
         Raises:
             QueueFull: the model could not be asked in time, so nothing was decoded.
-            Problem: 413 the pixels of this request alone are more than may wait.
+            Problem: 413 the images of this request alone, or their pixels, are more than may wait.
         """
+        if len(images) > model.batcher.capacity:
+            detail = (
+                f"{len(images)} images in one request, and at most {model.batcher.capacity} may "
+                "wait for a model; send fewer at one time"
+            )
+            raise Problem(413, "too_many_images", detail)
         model.batcher.admit(len(images), timeout)
         decoded: list[Pixels | ImageError] = []
         size = 0

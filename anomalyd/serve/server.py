@@ -13,6 +13,7 @@ import logging
 import os
 import signal
 import socket
+import ssl
 import sys
 from collections.abc import Callable, Collection, Coroutine, Iterator
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from anomalyd.errors import AnomalydError, UsageError
 from anomalyd.serve import logs
 from anomalyd.serve.access import ADMIN, Access
 from anomalyd.serve.app import create_app
-from anomalyd.serve.control import Control, Local
+from anomalyd.serve.control import Control, Local, left_running
 from anomalyd.serve.events import Events
 from anomalyd.serve.memory import give_back
 from anomalyd.serve.metrics import Metrics
@@ -36,6 +37,8 @@ from anomalyd.serve.scoring import Scorer
 from anomalyd.serve.settings import ServeSettings
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from anomalyd.serve.rpc import Rpc
 
 __all__ = ["Owner", "bind", "check", "main", "serve"]
@@ -51,8 +54,6 @@ FLUSH_SECONDS = 5.0
 
 class Owner(Control, Protocol):
     """Who owns what is served, as the process that serves it sees him."""
-
-    busy: int
 
     async def started(self) -> None:
         """Return once everything is loaded.
@@ -102,9 +103,13 @@ def check(settings: ServeSettings) -> Access | None:
     """
     if (settings.tls_cert is None) != (settings.tls_key is None):
         raise UsageError("--tls-cert and --tls-key: give both, or none for plain HTTP")
-    for flag, file in (("--tls-cert", settings.tls_cert), ("--tls-key", settings.tls_key)):
-        if file is not None and not os.access(file, os.R_OK):
-            raise UsageError(f"{flag} {file}: no such file, or it may not be read")
+    if settings.tls_cert is not None and settings.tls_key is not None:
+        _check_pair(settings.tls_cert, settings.tls_key)
+    if settings.max_body_bytes > settings.max_inflight_bytes:
+        raise UsageError(
+            f"--max-body-bytes {settings.max_body_bytes}: a body must fit into "
+            f"--max-inflight-bytes, which is {settings.max_inflight_bytes}; raise that as well"
+        )
     access = None if settings.tokens is None else Access(settings.tokens)
     if settings.grpc_port is not None:
         from anomalyd.serve import rpc  # noqa: F401  # says which extra is missing
@@ -116,6 +121,20 @@ def check(settings: ServeSettings) -> Access | None:
             "with one of the scope admin"
         )
     return access
+
+
+def _check_pair(cert: Path, key: Path) -> None:
+    for flag, file in (("--tls-cert", cert), ("--tls-key", key)):
+        if not os.access(file, os.R_OK):
+            raise UsageError(f"{flag} {file}: no such file, or it may not be read")
+    try:
+        # The empty password: who asked for one would wait at a terminal that is not there.
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert, key, password="")
+    except OSError as error:
+        raise UsageError(
+            f"--tls-cert {cert}, --tls-key {key}: no certificate and its unencrypted key, in PEM "
+            f"({error.strerror or error})"
+        ) from None
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -191,12 +210,16 @@ def serve(
     models.close()
     if events is not None:
         events.close(FLUSH_SECONDS)
-    if owner.busy:
-        # A bundle is still being loaded, in a thread that nothing can stop.
+    failure = server.failure
+    if left_running():
+        # A bundle is being loaded, in a thread that nothing can stop and no end of the
+        # interpreter survives.
+        if failure is not None:
+            print(f"anomalyd: {failure}", file=sys.stderr)
         sys.stderr.flush()
-        os._exit(0)
-    if server.failure is not None:
-        raise server.failure
+        os._exit(0 if failure is None else failure.exit_code)
+    if failure is not None:
+        raise failure
 
 
 @dataclass(frozen=True)
@@ -291,6 +314,10 @@ class _Server(uvicorn.Server):
         except AnomalydError as error:
             self.failure = error
             self.should_exit = True
+        except Exception as error:
+            logger.exception("the models cannot be loaded")
+            self.failure = AnomalydError(f"the models cannot be loaded: {error!r}")
+            self.should_exit = True
 
     def _ready(self, sockets: list[socket.socket] | None) -> None:
         if self.should_exit or self._told.is_set():
@@ -308,16 +335,21 @@ class _Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         for server in self.servers:
             server.close()
-        if self._rpc is not None:
-            await self._rpc.stop(self._daemon.settings.drain_timeout)
+        await asyncio.gather(self._stop_http(sockets), self._stop_rpc())
+        for task in self._tasks:
+            task.cancel()
+
+    async def _stop_http(self, sockets: list[socket.socket] | None) -> None:
         # Every answer now says "close", so whoever is at work goes away by himself.
         waited = 0.0
         while self.server_state.connections and waited < LINGER_SECONDS and not self.force_exit:
             await asyncio.sleep(0.05)
             waited += 0.05
         await super().shutdown(sockets)
-        for task in self._tasks:
-            task.cancel()
+
+    async def _stop_rpc(self) -> None:
+        if self._rpc is not None:
+            await self._rpc.stop(self._daemon.settings.drain_timeout, lambda: self.force_exit)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

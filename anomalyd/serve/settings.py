@@ -42,7 +42,7 @@ class ServeSettings:
         256 << 20, help="request bodies held in memory at one time, bytes", low=1
     )
     max_pixels: int = setting(25_000_000, help="largest image, pixels before resizing", low=1)
-    max_images: int = setting(128, help="most images in one multipart request", low=1)
+    max_images: int = setting(128, help="most images in one request", low=1)
     max_batch: int = setting(
         32, help="most images in one run of a model; two full ones may go on at a time", low=1
     )

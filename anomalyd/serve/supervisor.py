@@ -4,8 +4,9 @@
     workers      each the models, a share of the CPUs and of the limits, and the socket
 
 A change of what is served is made ready in every worker before any of them takes it. A worker
-that ends is started again, ever later; until it serves, nobody says "ready". What it counted
-until the last scrape stays counted.
+that ends, or answers nothing for half a minute and is ended, is started again, ever later; until
+it serves, nobody says "ready". It reads what is on disk, so the others take that, too, before it
+serves beside them. What it counted until the last scrape stays counted.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from anomalyd.serve import merging
 from anomalyd.serve.control import in_thread
 from anomalyd.serve.link import Gone, Link
 from anomalyd.serve.models import Key
-from anomalyd.serve.notify import notify, reloading
+from anomalyd.serve.notify import notify, reloading, watchdog_seconds
 from anomalyd.serve.repository import Repository
 from anomalyd.serve.settings import ServeSettings
 
@@ -40,6 +41,9 @@ __all__ = ["Supervisor", "share"]
 logger = logging.getLogger(__name__)
 
 COLLECT_SECONDS = 2.0  # a worker that does not answer in time is told by what it last said
+PING_SECONDS, HUNG_SECONDS = 5.0, 30.0  # a worker that answers nothing for so long is ended
+RETRY_SECONDS = 5.0  # until a worker tries again to load what it could not
+LAST_SECONDS = 10.0  # beyond the drain that was asked for, until a worker is ended
 BACK_OFF = (0.2, 1.0, 5.0, 15.0, 30.0)  # seconds
 FORGIVEN = 60.0  # seconds of service after which a worker's earlier ends are forgotten
 MINE = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "LISTEN_PID", "LISTEN_FDS")
@@ -80,6 +84,7 @@ class Supervisor:
         self._past: list[merging.Family] = []
         self._loads = {"success": 0, "failure": 0}
         self._started = False
+        self._failure: AnomalydError | None = None
         self._stopping = asyncio.Event()
         self._loop = asyncio.get_running_loop()
         self._changes = asyncio.Lock()
@@ -89,15 +94,16 @@ class Supervisor:
         """Supervise until SIGTERM or SIGINT.
 
         Raises:
-            AnomalydError: bundles that cannot be loaded at the start.
+            AnomalydError: bundles that cannot be loaded at the start, workers that cannot start.
         """
         with self._signals():
             tasks = [self._keep() for _ in range(self._settings.workers)]
             keepers = [asyncio.ensure_future(task) for task in tasks]
+            beating = asyncio.ensure_future(self._beat())
             while len(self._workers) < len(keepers) and not self._stopping.is_set():
                 await asyncio.sleep(0.01)
             try:
-                await self._until_stopped(in_thread(self._repository.start))
+                await self._until_stopped(self._changing(self._repository.start))
                 if not self._stopping.is_set():
                     self._check_default()
                     self._started = True
@@ -109,7 +115,19 @@ class Supervisor:
                 notify("STOPPING=1")
                 self._stopping.set()
                 self._signal_all(signal.SIGTERM)
+                drain = self._settings.drain_delay + self._settings.drain_timeout
+                await asyncio.wait(keepers, timeout=drain + LAST_SECONDS)
+                self._signal_all(signal.SIGKILL)
                 await asyncio.gather(*keepers)
+                beating.cancel()
+        if self._failure is not None:
+            raise self._failure
+
+    async def _beat(self) -> None:
+        """Tell the service manager's watchdog that the event loop turns."""
+        while (seconds := watchdog_seconds()) is not None:
+            notify("WATCHDOG=1")
+            await asyncio.sleep(seconds)
 
     # What the repository tells; from its own thread
 
@@ -138,6 +156,8 @@ class Supervisor:
             *(worker.link.ask("load", key=key, path=str(path)) for worker in workers),
             return_exceptions=True,
         )
+        if any(isinstance(result, BaseException) for result in results):
+            await self._ask_all("discard", key=key)
         for result in results:
             if isinstance(result, Gone):
                 raise BundleError(f"bundle {path}: a worker ended while it was loading it")
@@ -145,24 +165,30 @@ class Supervisor:
                 raise result
 
     async def _publish(self) -> None:
-        await asyncio.gather(*(self._publish_to(worker) for worker in self._workers))
+        await self._ask_all("publish", **self._published())
         await self._tell_state()
 
-    async def _publish_to(self, worker: Worker) -> None:
-        with contextlib.suppress(Gone):  # who is gone is told when he is started again
-            await worker.link.ask(
-                "publish", keys=list(self._table), current=self._current, leaving=self._leaving
-            )
+    def _published(self) -> dict[str, Any]:
+        return {
+            "keys": list(self._table),
+            "current": self._current,
+            "leaving": self._leaving,
+        }
 
     async def _tell_state(self) -> None:
-        state = {
-            "started": self._started,
-            "healthy": len(self._workers) == self._settings.workers,
-            "rows": self._repository.index(),
-        }
-        for worker in list(self._workers):
-            with contextlib.suppress(Gone):
-                await worker.link.ask("state", **state)
+        await self._ask_all(
+            "state",
+            started=self._started,
+            healthy=len(self._workers) == self._settings.workers,
+            rows=self._repository.index(),
+        )
+
+    async def _ask_all(self, operation: str, **arguments: Any) -> None:
+        async def one(worker: Worker) -> None:
+            with contextlib.suppress(Gone):  # who is gone is told when he is started again
+                await worker.link.ask(operation, **arguments)
+
+        await asyncio.gather(*(one(worker) for worker in self._workers))
 
     # The workers
 
@@ -189,6 +215,7 @@ class Supervisor:
             fds = (self._listener.fileno(), theirs.fileno())
             process = await asyncio.create_subprocess_exec(
                 sys.executable,
+                "-P",  # or whatever lies in the current folder could be imported
                 "-m",
                 "anomalyd.serve.worker",
                 *map(str, fds),
@@ -204,35 +231,65 @@ class Supervisor:
             ours.sendall(msgspec.json.encode(first) + b"\n")
         ours.setblocking(False)
         linked = asyncio.ensure_future(worker.link.run(ours))
-        begun = asyncio.ensure_future(self._begin(worker))
+        tasks = [
+            linked,
+            asyncio.ensure_future(self._begin(worker)),
+            asyncio.ensure_future(self._ping(worker, process)),
+        ]
         code = await process.wait()
         self._processes.discard(process)
-        begun.cancel()
-        linked.cancel()
-        await asyncio.gather(linked, begun, return_exceptions=True)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         if worker in self._workers:
             self._workers.remove(worker)
         self._past = merging.merged([self._past, merging.counted(worker.last)])
-        if not self._stopping.is_set():
+        if self._stopping.is_set():
+            return code
+        if self._started:
             await self._tell_state()
+        else:
+            self._failure = AnomalydError(
+                f"a worker ended with code {code} before it served; its own lines say why"
+            )
+            self._stopping.set()
         return code
 
     async def _begin(self, worker: Worker) -> None:
         """Bring a worker to what is served; it takes part from then on."""
         while True:
-            with contextlib.suppress(Gone):
+            try:
                 await worker.link.ask("hello")
                 async with self._changes:
-                    table = dict(self._table)
-                    for key, path in table.items():
+                    if self._started:
+                        await in_thread(self._repository.refresh)
+                    for key, path in self._table.items():
                         await worker.link.ask("load", key=key, path=str(path))
-                    if table == self._table:
-                        self._workers.append(worker)
-                        if self._started:
-                            await self._publish_to(worker)
-                            await self._tell_state()
-                        return
-            await asyncio.sleep(0.05)
+                    self._workers.append(worker)
+                    if self._started:
+                        await worker.link.ask("publish", **self._published())
+                        await self._tell_state()
+                    return
+            except Gone:
+                await asyncio.sleep(0.05)
+            except AnomalydError as error:
+                # The others serve what they loaded before.
+                logger.error("a worker cannot serve: %s", error)
+                await asyncio.sleep(RETRY_SECONDS)
+
+    async def _ping(self, worker: Worker, process: asyncio.subprocess.Process) -> None:
+        """End a worker whose event loop has stopped; nobody else would, and all would wait."""
+        with contextlib.suppress(Gone):
+            await worker.link.ask("hello")  # its start takes as long as it takes
+        while True:
+            await asyncio.sleep(PING_SECONDS)
+            try:
+                await asyncio.wait_for(worker.link.ask("hello"), HUNG_SECONDS)
+            except TimeoutError:
+                logger.error("a worker answers nothing for %g s and is ended", HUNG_SECONDS)
+                process.kill()
+            except Gone:
+                pass
 
     def _signal_all(self, number: int) -> None:
         for process in self._processes:
@@ -305,8 +362,9 @@ class Supervisor:
                 self._loop.remove_signal_handler(number)
 
     def _stop(self) -> None:
-        if self._stopping.is_set():
-            self._signal_all(signal.SIGTERM)  # asked for a second time: now
+        if self._stopping.is_set():  # asked for a second time: now
+            self._signal_all(signal.SIGTERM)
+            self._loop.call_later(LAST_SECONDS, self._signal_all, signal.SIGKILL)
         self._stopping.set()
 
     def _reload(self) -> None:
@@ -330,6 +388,9 @@ class Supervisor:
             await self._changing(lambda: self._repository.refresh(settle=True))
 
     async def _until_stopped(self, work: Coroutine[Any, Any, None]) -> None:
+        if self._stopping.is_set():
+            work.close()
+            return
         task = asyncio.ensure_future(work)
         stopping = asyncio.ensure_future(self._stopping.wait())
         await asyncio.wait({task, stopping}, return_when=asyncio.FIRST_COMPLETED)
@@ -352,9 +413,10 @@ def share(settings: ServeSettings) -> dict[str, Any]:
     mine = dataclasses.replace(
         settings,
         threads=settings.threads or max(1, available_cpus() // n),
-        queue_images=max(1, settings.queue_images // n),
+        queue_images=max(settings.max_images, settings.queue_images // n),
         queue_bytes=max(1, settings.queue_bytes // n),
-        max_inflight_bytes=max(settings.max_body_bytes, settings.max_inflight_bytes // n),
+        # Beside a body there is room for what it unpacks to.
+        max_inflight_bytes=max(2 * settings.max_body_bytes, settings.max_inflight_bytes // n),
     )
     plain = dataclasses.asdict(mine)
     return {

@@ -17,6 +17,7 @@ import msgspec
 import prometheus_client
 
 from anomalyd.config import from_table
+from anomalyd.errors import AnomalydError
 from anomalyd.serve import logs, merging
 from anomalyd.serve.access import Access
 from anomalyd.serve.control import check_allowed, in_thread
@@ -48,7 +49,6 @@ class Remote:
         self._rows: list[dict[str, Any]] = []
         self._served = asyncio.Event()
         self._running: asyncio.Task[None] | None = None
-        self.busy = 0
 
     async def started(self) -> None:
         self._running = asyncio.ensure_future(self._run())
@@ -94,12 +94,10 @@ class Remote:
         models = self._models
         match operation:
             case "load":
-                self.busy += 1
-                try:
-                    key, path = Key(*given["key"]), Path(given["path"])
-                    await in_thread(lambda: models.load(key, path, self._settings))
-                finally:
-                    self.busy -= 1
+                key, path = Key(*given["key"]), Path(given["path"])
+                await in_thread(lambda: models.load(key, path, self._settings))
+            case "discard":
+                models.discard(Key(*given["key"]))
             case "publish":
                 keys = [Key(*key) for key in given["keys"]]
                 models.publish(keys, given["current"], given["leaving"])
@@ -133,4 +131,8 @@ def main(listener: int, control: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]))
+    try:
+        main(int(sys.argv[1]), int(sys.argv[2]))
+    except AnomalydError as error:
+        print(f"anomalyd: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)

@@ -26,6 +26,7 @@ def test_triton_over_grpc(called, expected):
     same(found["grpc all outputs"], expected[VAE])
     same(found["grpc pixels"], found["http pixels binary"])
     assert found["grpc metadata"]["name"] == VAE
+    assert found["grpc config"]["config"]["max_batch_size"] == found["config"]["max_batch_size"]
     assert {row["name"] for row in found["grpc index"]["models"]} == {VAE, CLASSES}
     assert int(found["grpc statistics"]["model_stats"][0]["inference_count"]) > 0
 

@@ -97,6 +97,18 @@ def test_all_bodies_together_are_bounded():
     assert caught.value.status == 503
 
 
+def test_a_body_that_is_refused_is_read_to_its_end():
+    """Or its client would never see why; nothing of it is held."""
+    bodies = Bodies(10, 7, 5.0)
+    bodies.held = 5
+    receive = chunks_of(b"a", b"bc", b"d")
+    with pytest.raises(Problem) as caught:
+        read(receive, bodies=bodies)
+    assert (caught.value.status, caught.value.close) == (503, False)
+    with pytest.raises(TimeoutError):  # no chunk is left
+        asyncio.run(asyncio.wait_for(receive(), 0.01))
+
+
 def multipart(parts, boundary=b"xx"):
     head = b'Content-Disposition: form-data; name="image"; filename="a.png"'
     body = b"".join(b"--%s\r\n%s\r\n\r\n%s\r\n" % (boundary, head, part) for part in parts)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tiny import tiny_bundle
 
 from anomalyd.serve.events import CAPACITY, Events
-from anomalyd.serve.logs import Identity, _Json
+from anomalyd.serve.logs import Identity, _Json, _Text, identified
 from anomalyd.serve.settings import ServeSettings
 
 TRACE, SPAN = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
@@ -104,6 +104,15 @@ def test_a_line_names_its_request(tmp_path, lines):
     assert second["route"] == "unmatched"
     assert "secret" not in json.dumps(second)
     daemon.models.close()
+
+
+def test_a_line_for_people_says_as_much():
+    """Route, code and request, behind the message."""
+    record = logging.LogRecord("anomalyd.access", logging.INFO, "p", 1, "request", (), None)
+    record.fields = {"route": "/v1/score", "code": 200}
+    identified.set(Identity("mine"))
+    said = _Text("%(levelname)s %(name)s: %(message)s").format(record)
+    assert said == "INFO anomalyd.access: request route=/v1/score code=200 request_id=mine"
 
 
 def test_exceptions_are_one_line_of_json():

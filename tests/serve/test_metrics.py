@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+from dataclasses import replace
 
 import pytest
 
@@ -80,18 +81,20 @@ def test_one_hopeless_image_does_not_drown_the_mean():
 
 
 def test_classes_are_counted():
-    """Labels given and refused, by the bundle's own classes and the two reasons."""
+    """Labels given and refused, by the classes and two reasons; outliers are outliers first."""
     metrics = Metrics()
     model = ModelMetrics(metrics, "tiny", "1", ["shirt", "boot"])
     model.judged(verdict(2.5))
-    for reason in ("novel", "ambiguous", "novel"):
-        model.judged(verdict(2.5, label=None, rejected=True, reason=reason))
+    for reason, outlier in (("novel", True), ("ambiguous", False), ("novel", True)):
+        refused = verdict(2.5, label=None, rejected=True, reason=reason)
+        model.judged(replace(refused, outlier=outlier))
 
     text = metrics.expose("")[0].decode()
     assert 'anomalyd_labels_total{label="shirt",model="tiny",version="1"} 1.0' in text
     assert 'anomalyd_labels_total{label="boot",model="tiny",version="1"} 0.0' in text
     assert 'anomalyd_label_rejections_total{model="tiny",reason="novel",version="1"} 2.0' in text
-    assert 'anomalyd_images_total{model="tiny",verdict="rejected",version="1"} 3.0' in text
+    assert 'anomalyd_images_total{model="tiny",verdict="outlier",version="1"} 2.0' in text
+    assert 'anomalyd_images_total{model="tiny",verdict="rejected",version="1"} 1.0' in text
 
 
 def test_a_version_that_is_gone_leaves_no_series():

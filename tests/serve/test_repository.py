@@ -247,6 +247,18 @@ def test_a_broken_manifest_is_seen_without_loading(tmp_path):
     assert states(made)["shirts", "2"] == "UNAVAILABLE"
 
 
+def test_a_manifest_that_breaks_ends_nothing(tmp_path):
+    """It names nobody any more, but who it was is served on, and the index says why."""
+    path = tiny_bundle(tmp_path, name="alone", version="7")
+    made, fleet = repository(tmp_path)
+    (path / "manifest.json").write_bytes(b"{}")
+    made.refresh()
+    assert fleet.current == {"alone": "7"}
+    (row,) = made.index()
+    assert row["state"] == "READY"
+    assert "what came after it was refused" in row["reason"]
+
+
 def test_other_kinds_are_found_and_passed_over(tmp_path):
     """A classifier beside densities is no failure."""
     tiny_bundle(tmp_path)

@@ -18,6 +18,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc  # noqa:
 
 from anomalyd.detect.detector import Detector  # noqa: E402
 from anomalyd.serve import inference_pb2 as pb  # noqa: E402
+from anomalyd.serve import rpc  # noqa: E402
 from anomalyd.serve.access import Access  # noqa: E402
 from anomalyd.serve.rpc import SERVICE, Rpc  # noqa: E402
 from anomalyd.serve.scoring import Scorer  # noqa: E402
@@ -35,7 +36,7 @@ def bundle(tmp_path_factory):
 def asked(bundle):
     """Runs a scenario with a channel to a daemon; scenario(call, channel, models)."""
 
-    def asked(scenario, access=None, **changes):
+    def asked(scenario, access=None, grace=1, **changes):
         async def run():
             settings = ServeSettings(
                 bundles=(str(bundle),), threads=1, grpc_port=0, max_images=64, **changes
@@ -57,7 +58,7 @@ def asked(bundle):
 
                     return await scenario(call, channel, models)
             finally:
-                await server.stop(1)
+                await server.stop(grace)
                 models.close()
 
         return asyncio.run(run())
@@ -148,6 +149,9 @@ BAD = [
     pixels(FOUR, datatype="FP32"),
     pixels(FOUR, name="input"),
     pixels(FOUR, contents={"uint_contents": [1]}),
+    pixels(FOUR, raw=[], contents={"bytes_contents": [FOUR.tobytes()]}),
+    pixels(FOUR, raw=[], shape=[]),
+    pixels(FOUR, raw=[], datatype="BYTES", name="image", contents={"uint_contents": [1]}),
     pixels(FOUR, raw=[], contents={"uint_contents": [2**31] * FOUR.size}),
     pb.ModelInferRequest(model_name="tiny"),
 ]
@@ -232,6 +236,36 @@ def test_health_and_reflection(asked):
     asked(scenario)
 
 
+def test_the_configuration_is_that_of_http(asked):
+    """What Triton's clients ask for before they send anything."""
+
+    async def scenario(call, channel, models):
+        found = (await call("ModelConfig", pb.ModelConfigRequest(name="tiny"))).config
+        assert (found.name, found.max_batch_size) == ("tiny", 64)
+        assert [(i.name, i.data_type, list(i.dims)) for i in found.input] == [
+            ("image", pb.TYPE_STRING, [1]),
+            ("pixels", pb.TYPE_UINT8, [SIDE, SIDE, 1]),
+        ]
+        assert found.output[3].data_type == pb.TYPE_BOOL
+
+    asked(scenario)
+
+
+def test_who_holds_streams_keeps_nobody_out(asked, monkeypatch):
+    """Streams of health are bounded apart from calls, and do not delay the end."""
+    monkeypatch.setattr(rpc, "MOST_STREAMS", 2)
+
+    async def scenario(call, channel, models):
+        watch = health_pb2_grpc.HealthStub(channel).Watch
+        held = [watch(health_pb2.HealthCheckRequest(service=SERVICE)) for _ in range(3)]
+        for stream in held[:2]:
+            assert (await stream.read()).status == health_pb2.HealthCheckResponse.SERVING
+        await refused(held[2].read(), grpc.StatusCode.RESOURCE_EXHAUSTED)
+        assert (await call("ModelInfer", pixels(FOUR))).outputs
+
+    asked(scenario, grace=3600)
+
+
 def test_tokens(asked, tmp_path):
     """In the metadata, as in HTTP's header; probes need none."""
     file = tmp_path / "tokens"
@@ -284,6 +318,11 @@ FIELDS = {
         "raw_output_contents": 6,
     },
     "RepositoryIndexRequest": {"repository_name": 1, "ready": 2},
+    "ModelConfig": {
+        "name": 1, "platform": 2, "max_batch_size": 4, "input": 5, "output": 6, "backend": 17,
+    },
+    "ModelInput": {"name": 1, "data_type": 2, "dims": 4, "optional": 8},
+    "ModelOutput": {"name": 1, "data_type": 2, "dims": 3},
     "RepositoryModelLoadRequest": {"repository_name": 1, "model_name": 2, "parameters": 3},
 }  # fmt: skip
 

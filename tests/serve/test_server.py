@@ -25,6 +25,7 @@ from anomalyd.serve.settings import ServeSettings
 
 START = """
 import sys
+exec(sys.argv[3])
 from anomalyd.serve.server import main
 from anomalyd.serve.settings import ServeSettings
 main(ServeSettings(**{'bundles': (sys.argv[1],), 'port': 0, 'threads': 1} | eval(sys.argv[2])))
@@ -35,9 +36,9 @@ CALM = {"OMP_NUM_THREADS": "1"}
 class Process:
     """A daemon on a free port of the loopback."""
 
-    def __init__(self, bundle, scheme="http", **changes):
+    def __init__(self, bundle, scheme="http", before="", **changes):
         self.popen = subprocess.Popen(
-            [sys.executable, "-c", START, str(bundle), repr(changes)],
+            [sys.executable, "-c", START, str(bundle), repr(changes), before],
             stderr=subprocess.PIPE,
             text=True,
             env=os.environ | CALM,
@@ -75,6 +76,15 @@ def running(bundle, **changes):
         process.popen.stderr.close()
 
 
+def until(daemon, true, seconds=60.0):
+    """Ask again and again, of a daemon that lives; it is no measure of speed."""
+    last = time.monotonic() + seconds
+    while not true():
+        assert daemon.popen.poll() is None, daemon.popen.stderr.read()
+        assert time.monotonic() < last, f"not true within {seconds} s"
+        time.sleep(0.01)
+
+
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory):
     return tiny_bundle(tmp_path_factory.mktemp("bundles"))
@@ -102,8 +112,7 @@ def test_a_request_under_way_is_finished(bundle, fixture_data):
         slow.endheaders(image[:10])
         assert daemon.ask("GET", "/livez")[0] == 200
         daemon.popen.send_signal(signal.SIGTERM)
-        while answers(daemon):
-            time.sleep(0.01)
+        until(daemon, lambda: not answers(daemon))
         slow.send(image[10:])
         with contextlib.closing(slow):
             assert slow.getresponse().status == 200
@@ -118,8 +127,7 @@ def test_sighup_reads_bundles_again(tmp_path, fixture_data):
         assert b'"version":"1"' in daemon.ask("POST", "/v1/score", image)[1]
         rewrite_manifest(path, version="2")
         daemon.popen.send_signal(signal.SIGHUP)
-        while b'"version":"2"' not in daemon.ask("POST", "/v1/score", image)[1]:
-            time.sleep(0.01)
+        until(daemon, lambda: b'"version":"2"' in daemon.ask("POST", "/v1/score", image)[1])
         assert daemon.stop() == (0, "")
 
 
@@ -128,8 +136,7 @@ def test_watching_finds_new_bundles(tmp_path):
     tiny_bundle(tmp_path)
     with running(tmp_path, watch=0.05) as daemon:
         tiny_bundle(tmp_path, name="second")
-        while daemon.ask("GET", "/v2/models/second/ready")[0] != 200:
-            time.sleep(0.01)
+        until(daemon, lambda: daemon.ask("GET", "/v2/models/second/ready")[0] == 200)
         assert daemon.stop()[0] == 0
 
 
@@ -167,6 +174,48 @@ def test_sigterm_while_bundles_load_ends_with_0(bundle):
     finally:
         popen.kill()
         popen.wait()
+
+
+FAILS = """
+import sys
+from anomalyd.serve import models, server
+from anomalyd.serve.settings import ServeSettings
+def load(*args):
+    raise OSError("the disk is on fire")
+from anomalyd.serve import repository
+repository.scan = load
+server.main(ServeSettings(bundles=(sys.argv[1],), port=0, threads=1))
+"""
+
+
+def test_a_start_that_fails_in_an_unknown_way_ends_the_daemon(bundle):
+    """It must not say that it serves, and stay."""
+    done = subprocess.run(
+        [sys.executable, "-c", FAILS, str(bundle)],
+        capture_output=True,
+        text=True,
+        env=os.environ | CALM,
+        timeout=60,
+    )
+    assert done.returncode == 1
+    assert "the models cannot be loaded: OSError('the disk is on fire')" in done.stderr
+    assert "serving" not in done.stderr
+
+
+def test_who_waits_for_leave_and_is_refused_is_cut_off(bundle):
+    """What he sends then would be taken for the next request."""
+    with running(bundle, max_body_bytes=10) as daemon:
+        address = ("127.0.0.1", daemon.port)
+        with socket.create_connection(address, timeout=10) as client:
+            client.sendall(
+                b"POST /v1/score HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n"
+                b"Expect: 100-continue\r\n\r\n"
+            )
+            said = b""
+            while piece := client.recv(1000):
+                said += piece
+            assert said.startswith(b"HTTP/1.1 413 ")
+            assert b"connection: close" in said.lower()
 
 
 def test_a_bundle_that_cannot_be_loaded_ends_the_start(tmp_path):
@@ -300,6 +349,7 @@ def test_https(bundle, certificate):
     [
         ({"tls_cert": "cert"}, "give both"),
         ({"tls_cert": "none", "tls_key": "none"}, "--tls-cert none: no such file"),
+        ({"tls_cert": __file__, "tls_key": __file__}, "no certificate and its unencrypted key"),
         ({"tokens": "none"}, "--tokens none: cannot be read"),
         ({"repository_api": True}, "--repository-api: whoever may load models needs a token"),
     ],
@@ -309,6 +359,12 @@ def test_settings_that_cannot_be_meant_are_one_line(changes, said):
     paths = {name: Path(value) for name, value in changes.items() if value is not True}
     with pytest.raises(UsageError, match=said):
         server.check(ServeSettings(**{**changes, **paths}))
+
+
+def test_a_body_must_fit_into_all_of_them():
+    """Or it would be told to come again for ever."""
+    with pytest.raises(UsageError, match="max-inflight-bytes"):
+        server.check(ServeSettings(max_body_bytes=2, max_inflight_bytes=1))
 
 
 def answers(daemon):
@@ -324,8 +380,7 @@ def test_a_drain_delay_serves_on_while_not_ready(bundle, fixture_data):
     image = (fixture_data / "images" / "boot.png").read_bytes()
     with running(bundle, drain_delay=60.0) as daemon:
         daemon.popen.send_signal(signal.SIGTERM)
-        while daemon.ask("GET", "/readyz")[0] != 503:
-            time.sleep(0.01)
+        until(daemon, lambda: daemon.ask("GET", "/readyz")[0] == 503)
         assert daemon.ask("POST", "/v1/score", image)[0] == 200
         assert daemon.stop() == (0, "")
 

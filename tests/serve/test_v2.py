@@ -545,3 +545,67 @@ def test_no_bytes_make_it_fail(daemon, data):
     )
     refused(response, response.status_code)
     assert response.status_code in (400, 413, 415, 422)
+
+
+@pytest.mark.parametrize(
+    "data", [b"1," * oip.MOST_ELEMENTS, b"[]," * (oip.MOST_ELEMENTS // 2 + 1)]
+)
+def test_lists_without_end_are_refused_unread(daemon, data):
+    """Reading numbers in JSON holds up everybody else, so there are so many and no more."""
+    body = b'{"inputs": [{"name": "pixels", "shape": [1], "datatype": "UINT8", "data": [%s1]}]}'
+    said = refused(daemon.ask("POST", INFER, content=body % data), 413)
+    assert "binary data" in said
+
+
+def test_strings_without_end_are_not_counted_to_the_end():
+    """Of a tensor that holds more strings than it says, one more is read."""
+    empty = struct.pack("<I", 0)
+    assert len(oip.elements(memoryview(empty * 1000), 3)) == 4
+
+
+def test_a_tensor_without_a_shape_is_refused(daemon):
+    """An empty shape holds no number of images."""
+    refused(ask(daemon, image(NORMAL, shape=[])), 400)
+    refused(ask(daemon, pixels(FOUR, shape=[])), 400)
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"timeout": 10**400},
+        {"timeout": -(10**30)},
+        {"timeout": True},
+        {"alpha": 10**400},
+        {"alpha": "much"},
+        {"heatmap": 1},
+        {"binary_data_output": "false"},
+    ],
+)
+def test_a_parameter_of_the_wrong_kind_is_named(daemon, parameters):
+    """However large, it is the client's mistake and no fault of the daemon."""
+    assert next(iter(parameters)) in refused(
+        ask(daemon, image(NORMAL), parameters=parameters), 400
+    )
+
+
+def test_whether_an_output_is_binary_is_true_or_false(daemon):
+    """A text that says "false" is neither."""
+    wanted = [{"name": "score", "parameters": {"binary_data": "false"}}]
+    assert "binary_data" in refused(ask(daemon, image(NORMAL), outputs=wanted), 400)
+
+
+def test_more_images_than_may_ever_wait_are_too_many(bundle):
+    """To come again would not help, so it is not 503."""
+    daemon = serve(bundle, queue_images=3)
+    refused(ask(daemon, pixels(FOUR)), 413)
+    assert outputs(ask(daemon, pixels(FOUR[:3])))
+    daemon.models.close()
+
+
+def test_a_small_body_needs_little_room_to_be_unpacked(bundle):
+    """What it may unpack to is bounded by its own size as well."""
+    daemon = serve(bundle, max_body_bytes=1 << 20, max_inflight_bytes=1 << 20)
+    body = gzip.compress(json.dumps({"inputs": [image(NORMAL)]}).encode())
+    answer = daemon.ask("POST", INFER, content=body, headers={"Content-Encoding": "gzip"})
+    assert outputs(answer)
+    daemon.models.close()

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
-import time
+import socket
 from pathlib import Path
 
 import pytest
 from daemons import NORMAL
 from hypothesis import given
 from hypothesis import strategies as st
-from test_server import running
+from test_server import running, until
 from tiny import rewrite_manifest, tiny_bundle
 
 from anomalyd.config import from_table
+from anomalyd.errors import AnomalydError
 from anomalyd.serve import merging
+from anomalyd.serve.link import Link
 from anomalyd.serve.metrics import Metrics
 from anomalyd.serve.models import Key
 from anomalyd.serve.settings import ServeSettings
@@ -53,20 +56,22 @@ def test_workers_serve_as_one(tmp_path):
 
         rewrite_manifest(path, version="2")
         daemon.popen.send_signal(signal.SIGHUP)
-        while daemon.ask("GET", "/v2/models/tiny/versions/2/ready")[0] != 200:
-            time.sleep(0.05)
-        time.sleep(0.1)
+        ready = "/v2/models/tiny/versions/2/ready"
+        until(daemon, lambda: daemon.ask("GET", ready)[0] == 200)
+        until(daemon, lambda: b'"version":"2"' in daemon.ask("POST", "/v1/score", NORMAL)[1])
         answers = [daemon.ask("POST", "/v1/score", NORMAL)[1] for _ in range(10)]
         assert all(b'"version":"2"' in answer for answer in answers)
 
         before = children(daemon.popen.pid)
         os.kill(before[0], signal.SIGKILL)
-        while before[0] in children(daemon.popen.pid):
-            time.sleep(0.01)
+        until(daemon, lambda: before[0] not in children(daemon.popen.pid))
         assert daemon.ask("POST", "/v1/score", NORMAL)[0] == 200
-        while len(children(daemon.popen.pid)) < 2 or daemon.ask("GET", "/readyz")[0] != 200:
+
+        def back():
             assert daemon.ask("POST", "/v1/score", NORMAL)[0] == 200
-            time.sleep(0.05)
+            return len(children(daemon.popen.pid)) == 2 and daemon.ask("GET", "/readyz")[0] == 200
+
+        until(daemon, back)
         code, said = daemon.stop()
         assert code == 0
         assert "a worker ended with code -9" in said
@@ -91,11 +96,18 @@ def test_a_bad_bundle_ends_the_start_of_all(tmp_path):
 
 def test_a_worker_s_share():
     """CPUs and limits are divided; what is left travels as it is."""
-    settings = ServeSettings(workers=4, queue_images=100, threads=3, tokens=Path("tokens"))
+    settings = ServeSettings(workers=4, queue_images=1000, threads=3, tokens=Path("tokens"))
     mine = from_table(ServeSettings, share(settings), "test")
-    assert (mine.queue_images, mine.threads, mine.tokens) == (25, 3, Path("tokens"))
+    assert (mine.queue_images, mine.threads, mine.tokens) == (250, 3, Path("tokens"))
     assert mine.queue_bytes == settings.queue_bytes // 4
-    assert mine.max_inflight_bytes >= mine.max_body_bytes
+
+
+@given(st.integers(1, 256))
+def test_a_share_takes_whatever_one_process_takes(workers):
+    """The largest request, and what it unpacks to, fits into each worker's share."""
+    mine = from_table(ServeSettings, share(ServeSettings(workers=workers)), "test")
+    assert mine.queue_images >= mine.max_images
+    assert mine.max_inflight_bytes >= 2 * mine.max_body_bytes
 
 
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=4))
@@ -154,3 +166,107 @@ def test_the_exposition_is_the_same_text():
     assert stable(body) == stable(own)
     open_metrics = merging.exposition(found, "application/openmetrics-text; version=1.0.0")
     assert open_metrics[0].endswith(b"# EOF\n")
+
+
+SUMS = {
+    "anomalyd_inflight_body_bytes",
+    "anomalyd_queue_capacity",
+    "anomalyd_queue_depth",
+    "process_cpu_seconds",
+    "process_max_fds",
+    "process_open_fds",
+    "process_resident_memory_bytes",
+    "process_virtual_memory_bytes",
+}
+
+
+def test_of_every_gauge_it_is_known_how_processes_add_up():
+    """A new one that nobody thought of would be summed, be it a time or a share."""
+    found = merging.families(Metrics().registry)
+    gauges = {family["name"] for family in found if family["type"] == "gauge"}
+    assert gauges <= merging.LARGEST | merging.SMALLEST | SUMS
+
+
+def test_a_question_that_fails_in_an_unknown_way_is_answered():
+    """Whoever waits for the answer would wait for ever."""
+
+    async def handle(operation, given):
+        raise RuntimeError("the disk is on fire")
+
+    async def scenario():
+        ours, theirs = socket.socketpair()
+        ours.setblocking(False)
+        theirs.setblocking(False)
+        near, far = Link(handle), Link(handle)
+        running = [asyncio.ensure_future(near.run(ours)), asyncio.ensure_future(far.run(theirs))]
+        await asyncio.sleep(0.05)
+        with pytest.raises(AnomalydError, match="the disk is on fire"):
+            await asyncio.wait_for(near.ask("load"), 20)
+        for task in running:
+            task.cancel()
+        await asyncio.wait(running)
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux' /proc")
+def test_a_worker_that_comes_back_serves_what_the_others_do(tmp_path):
+    """It reads what is on disk; so do they then, and where it cannot it waits until it can."""
+    path = tiny_bundle(tmp_path)
+    manifest = (path / "manifest.json").read_bytes()
+    with running(tmp_path, workers=2) as daemon:
+        rewrite_manifest(path, default_alpha=0.3)
+        os.kill(children(daemon.popen.pid)[0], signal.SIGKILL)
+        until(daemon, lambda: daemon.ask("GET", "/readyz")[0] == 503)
+        until(daemon, lambda: daemon.ask("GET", "/readyz")[0] == 200)
+        answers = [daemon.ask("POST", "/v1/score", NORMAL)[1] for _ in range(12)]
+        assert all(b'"alpha":0.3' in answer for answer in answers)
+
+        (path / "manifest.json").write_bytes(b"{}")
+        os.kill(children(daemon.popen.pid)[0], signal.SIGKILL)
+        index = "/v2/repository/index"
+        until(daemon, lambda: b"was refused" in daemon.ask("POST", index)[1])
+        assert daemon.ask("GET", "/readyz")[0] == 503
+        assert b'"alpha":0.3' in daemon.ask("POST", "/v1/score", NORMAL)[1]
+        (path / "manifest.json").write_bytes(manifest)
+        until(daemon, lambda: daemon.ask("GET", "/readyz")[0] == 200)
+        answers = [daemon.ask("POST", "/v1/score", NORMAL)[1] for _ in range(12)]
+        assert not any(b'"alpha":0.3' in answer for answer in answers)
+        assert daemon.stop()[0] == 0
+
+
+HUNG = """
+import sys
+from anomalyd.serve import supervisor
+supervisor.PING_SECONDS, supervisor.HUNG_SECONDS = 0.2, 5.0
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux' /proc")
+def test_a_worker_that_hangs_is_replaced(tmp_path):
+    """Stopped in the middle of whatever it does, it would hold up all the others for ever."""
+    tiny_bundle(tmp_path)
+    with running(tmp_path, before=HUNG, workers=2) as daemon:
+        hung = children(daemon.popen.pid)[0]
+        os.kill(hung, signal.SIGSTOP)
+        until(daemon, lambda: hung not in children(daemon.popen.pid))
+        until(daemon, lambda: len(children(daemon.popen.pid)) == 2)
+        until(daemon, lambda: daemon.ask("GET", "/readyz")[0] == 200)
+        code, said = daemon.stop()
+        assert code == 0
+        assert "a worker answers nothing" in said
+
+
+@pytest.mark.skipif(not hasattr(socket, "AF_UNIX"), reason="needs Unix sockets")
+def test_the_supervisor_feeds_the_watchdog(tmp_path, monkeypatch):
+    """Or the service manager would end it while its workers serve."""
+    tiny_bundle(tmp_path)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "notify"))
+        manager.settimeout(20)
+        monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+        monkeypatch.setenv("WATCHDOG_USEC", "200000")
+        with running(tmp_path, workers=2) as daemon:
+            said = [manager.recv(999) for _ in range(30)]  # the first ten waited to be read
+            assert said[-3:] == [b"WATCHDOG=1"] * 3
+            assert daemon.stop()[0] == 0

@@ -99,6 +99,7 @@ if grpc_address != "-":
         assert client.is_model_ready(model)
         assert client.is_model_ready(model, version)
         found["grpc metadata"] = client.get_model_metadata(model, as_json=True)
+        found["grpc config"] = client.get_model_config(model, as_json=True)
         found["grpc index"] = client.get_model_repository_index(as_json=True)
         for name, array, kind in (("image", encoded, "BYTES"), ("pixels", pixels, "UINT8")):
             inputs = tensors(grpc, name, array, kind)
