@@ -130,7 +130,9 @@ def score(
         total.add(tally)
         progress(tally.images)
     if question.fdr is not None:
-        left = [_Order(part) for part in parts if part_name(part.number) not in there]
+        # Also what was decided before, where its file was damaged and it was scored again.
+        there = set(store.list())
+        left = [_Order(part) for part in parts if scored + part_name(part.number) in there]
         total.outliers = _decide(ray, work, total, detector, left)
     rows = {
         "format_version": 1,
