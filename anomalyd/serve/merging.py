@@ -22,6 +22,8 @@ Family = dict[str, Any]
 LARGEST = {
     "anomalyd_build_info",
     "anomalyd_last_inference_timestamp_seconds",
+    "anomalyd_model_alpha",
+    "anomalyd_model_calibration_images",
     "anomalyd_model_created_timestamp_seconds",
     "anomalyd_model_info",
     "anomalyd_model_load_duration_seconds",

@@ -195,6 +195,18 @@ class Metrics:
             ["model", "version"],
             registry=registry,
         )
+        self.model_alpha = Gauge(
+            "anomalyd_model_alpha",
+            "The rate of false alarms that the model decides at where a request names none.",
+            ["model", "version"],
+            registry=registry,
+        )
+        self.calibration_images = Gauge(
+            "anomalyd_model_calibration_images",
+            "Normal images that p-values are ranks among; with classes those of the rarest.",
+            ["model", "version"],
+            registry=registry,
+        )
         self._by_version: tuple[MetricWrapperBase, ...] = (
             self.stage_seconds,
             self.batch_images,
@@ -211,6 +223,8 @@ class Metrics:
             self.model_ready,
             self.model_load_seconds,
             self.model_created,
+            self.model_alpha,
+            self.calibration_images,
         )
         build = Gauge(
             "anomalyd_build_info",
@@ -266,6 +280,8 @@ class ModelMetrics:
         self.ready = metrics.model_ready.labels(*names)
         self.load_seconds = metrics.model_load_seconds.labels(*names)
         self.created = metrics.model_created.labels(*names)
+        self.alpha = metrics.model_alpha.labels(*names)
+        self.calibration_images = metrics.calibration_images.labels(*names)
         self._succeeded = metrics.inferences.labels(*names, "success")
         self._answered_at = 0.0
         # A function of self alone: what is served may still be let go.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import time
 from collections.abc import Collection, Mapping, Sequence
@@ -23,6 +24,9 @@ from anomalyd.serve.problems import Problem
 from anomalyd.serve.settings import ServeSettings
 
 __all__ = ["Job", "Key", "Model", "Models", "Scored", "by_age", "make_model", "newest"]
+
+
+logger = logging.getLogger(__name__)
 
 
 class Key(NamedTuple):
@@ -102,7 +106,8 @@ class Models:
 
     Args:
         models: what is served from the start.
-        default: the model that is meant where none is named; None takes the only one.
+        default: the model that is meant where none is named; None takes the one that is served
+            alone at the start, and stays with it.
         metrics: the daemon's.
 
     Attributes:
@@ -121,6 +126,7 @@ class Models:
     ) -> None:
         self.metrics = metrics
         self._default = default
+        self._first: str | None = None  # was served alone when anything was first
         self.by_name: dict[str, Model] = {}
         self.started = False
         self.healthy = True
@@ -140,7 +146,7 @@ class Models:
         """The model that is meant where none is named."""
         if self._default is None and len(self.by_name) == 1:
             return next(iter(self.by_name))
-        return self._default
+        return self._default or (self._first if self._first in self.by_name else None)
 
     @property
     def names(self) -> str:
@@ -246,11 +252,15 @@ class Models:
         self.by_name = {
             name: after[Key(name, version)] for name, version in sorted(current.items())
         }
+        if not before and len(self.by_name) == 1:
+            self._first = next(iter(self.by_name))
         for key in before.keys() - after.keys():
             self.metrics.forget(*key)
+            logger.info("let go", extra={"fields": key._asdict()})
         for key, model in after.items():
             if model is not before.get(key):
                 _announce(model, self.metrics)
+                logger.info("loaded", extra={"fields": key._asdict()})
         self._report()
 
     def _report(self) -> None:
@@ -323,6 +333,8 @@ def newest(keys: Collection[Key]) -> dict[str, str]:
 def _announce(model: Model, metrics: Metrics) -> None:
     manifest, batcher = model.detector.manifest, model.batcher
     model.metrics.watch_queue(lambda: batcher.depth, batcher.capacity)
+    model.metrics.alpha.set(model.detector.alpha(None))
+    model.metrics.calibration_images.set(model.detector.calibrated_on)
     model.metrics.created.set(datetime.fromisoformat(manifest.created).timestamp())
     metrics.model_info.remove_by_labels({"model": model.name, "version": model.version})
     metrics.model_info.labels(

@@ -76,6 +76,8 @@ def main(settings: ServeSettings) -> None:
     logs.configure(as_json=settings.log_format == "json", requests=settings.log_requests)
     prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
     access = check(settings)
+    if access is None and not _loopback(settings.host):
+        logger.warning("--host %s without --tokens: whoever reaches it may ask", settings.host)
     handed = inherited()
     with handed or bind(settings.host, settings.port) as listener:
         if handed is None:
@@ -135,6 +137,10 @@ def _check_pair(cert: Path, key: Path) -> None:
             f"--tls-cert {cert}, --tls-key {key}: no certificate and its unencrypted key, in PEM "
             f"({error.strerror or error})"
         ) from None
+
+
+def _loopback(host: str) -> bool:
+    return host in ("localhost", "::1") or host.startswith("127.")
 
 
 def bind(host: str, port: int) -> socket.socket:

@@ -26,7 +26,9 @@ class ServeSettings:
         1, help="processes that share the socket, the CPUs and the limits", low=1, high=256
     )
     default_model: str | None = setting(
-        None, help="model that /v1/score uses (default: the only one)", metavar="NAME"
+        None,
+        help="model that /v1/score uses (default: the one that is served alone at the start)",
+        metavar="NAME",
     )
     device: str = setting(
         "auto", help="where the models run", choices=("auto", "cpu", "cuda"), metavar="DEVICE"
