@@ -257,10 +257,11 @@ def test_who_holds_streams_keeps_nobody_out(asked, monkeypatch):
 
     async def scenario(call, channel, models):
         watch = health_pb2_grpc.HealthStub(channel).Watch
-        held = [watch(health_pb2.HealthCheckRequest(service=SERVICE)) for _ in range(3)]
-        for stream in held[:2]:
+        asked_for = health_pb2.HealthCheckRequest(service=SERVICE)
+        held = [watch(asked_for), watch(asked_for)]
+        for stream in held:
             assert (await stream.read()).status == health_pb2.HealthCheckResponse.SERVING
-        await refused(held[2].read(), grpc.StatusCode.RESOURCE_EXHAUSTED)
+        await refused(watch(asked_for).read(), grpc.StatusCode.RESOURCE_EXHAUSTED)
         assert (await call("ModelInfer", pixels(FOUR))).outputs
 
     asked(scenario, grace=3600)
