@@ -43,9 +43,10 @@ bench: .venv/all debian $(PEERS:%=.venv-proofs/%/installed)
 	$(BIN)/python tests/bench/bench.py --data $(DATA)
 	for name in ratio workers; do $(BIN)/python tests/bench/bench_scale.py --data $(DATA) --only $$name || exit; done
 
-# The tables of outliers in trained/README.md; some ten minutes a PixelCNN.
+# The tables of outliers in trained/README.md: a few minutes a PixelCNN, then half an hour of training.
 protocol: .venv/all fonts
-	$(BIN)/python tests/bench/protocol.py --data $(DATA)
+	$(BIN)/python tests/bench/protocol.py --data $(DATA) --limit 300 --unseen
+	$(BIN)/python tests/bench/protocol.py --data $(DATA) --leave-one-out fashion-mnist
 
 # The pictures in README and cards.
 figures: .venv/all
