@@ -9,7 +9,7 @@ PEERS := litserve mlserver bentoml
 SOAK_SECONDS ?= 3600
 BUNDLES := $(sort $(dir $(wildcard trained/*/manifest.json)))
 
-.PHONY: serve test lint proofs soak bench protocol figures tables clean
+.PHONY: serve test lint proofs soak bench protocol figures clean
 
 serve: .venv/base
 	$(BIN)/anomalyd serve --default-model fashion-mnist-vae
@@ -39,16 +39,17 @@ soak: .venv/all
 	  tests/cluster/proof_ray.py::test_a_driver_that_is_killed_leaves_only_unfinished_parts
 
 # The numbers in README and cards, and the speed ratios; minutes, not seconds.
-bench: .venv/all debian $(PEERS:%=.venv-proofs/%/installed)
+bench: data .venv/all debian $(PEERS:%=.venv-proofs/%/installed)
 	$(BIN)/python tests/bench/bench.py --data $(DATA)
 	for name in ratio workers; do $(BIN)/python tests/bench/bench_scale.py --data $(DATA) --only $$name || exit; done
 
 # The tables of outliers in trained/README.md: a few minutes a PixelCNN, then half an hour of training.
-protocol: .venv/all fonts
+protocol: data .venv/all fonts
 	$(BIN)/python tests/bench/protocol.py --data $(DATA) --limit 300 --unseen
 	$(BIN)/python tests/bench/protocol.py --data $(DATA) --leave-one-out fashion-mnist
 
-# The pictures in README and cards.
+# docs/example.png and trained/scores.png. `anomalyd train` draws those of a card; strangest images
+# in docs/strangest/ are copies of what it leaves beside the bundle.
 figures: .venv/all
 	$(BIN)/python tests/bench/figures.py
 
@@ -70,6 +71,12 @@ figures: .venv/all
 	$(BIN)/python -m venv --clear --without-pip $(@D)
 	$(BIN)/python -m pip --disable-pip-version-check --python $(@D)/bin/python install --quiet --no-deps --no-compile --requirement $<
 	@touch $@
+
+# The full data sets, without which there is nothing to measure.
+.PHONY: data
+data:
+	@[ -d '$(DATA)/fashion-mnist' ] || \
+	  { echo "no data sets at $(DATA), which docs/data.md lists; make $(MAKECMDGOALS) DATA=FOLDER" >&2; exit 1; }
 
 # Programs that the proofs run, and the Debian packages that hold them.
 .PHONY: debian
