@@ -397,7 +397,7 @@ def main() -> None:
     parser.add_argument("--only", default="")
     asked = parser.parse_args()
     if not (asked.data / "fashion-mnist").is_dir():
-        sys.exit(f"bench: no data sets at {asked.data}, which docs/data.md lists; give --data FOLDER")
+        sys.exit(f"bench: no data at {asked.data}, which docs/data.md lists; give --data FOLDER")
     print("| what | measured | target | met |\n|---|---|---|---|")
     for function in BENCHES:
         if asked.only in function.__name__:
