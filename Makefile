@@ -15,7 +15,7 @@ serve: .venv/base
 	$(BIN)/anomalyd serve --default-model fashion-mnist-vae
 
 # A process for each core, and whole files to each, for their fixtures train and export models.
-test: .venv/all lint promtool
+test: .venv/all lint programs fonts
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 	$(BIN)/anomalyd bundle verify $(BUNDLES)
 
@@ -87,18 +87,22 @@ debian:
 	  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends \
 	    prometheus wrk hey chromium openssl curl shellcheck systemd iproute2 >/dev/null; } || true
 
-# promtool checks the metrics; it comes with Debian's prometheus. Without root its test skips.
-.PHONY: promtool
-promtool:
-	@command -v promtool >/dev/null || [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null || \
-	  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends prometheus >/dev/null; } || true
+# Programs that the tests run. Without root those of promtool, of Debian's prometheus, skip; openssl
+# and curl have to be there.
+.PHONY: programs
+programs:
+	@for program in promtool openssl curl; do command -v $$program >/dev/null || missing=yes; done; \
+	[ -z "$$missing" ] || [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null || \
+	  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends \
+	    prometheus openssl curl >/dev/null; } || true
 
-# The glyphs of the protocol come from Debian's fonts. Without root protocol.py says what is missing.
+# The glyphs of the protocol come from Debian's fonts, 20 MB. Without root their tests skip, and
+# protocol.py says what is missing.
 .PHONY: fonts
 fonts: FONTS = $(shell $(BIN)/python tests/bench/glyphs.py)
 fonts: .venv/all
 	@dpkg --status $(FONTS) >/dev/null 2>&1 || [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null || \
-	  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $(FONTS) >/dev/null; }
+	  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $(FONTS) >/dev/null; } || true
 
 clean:
 	rm -rf .venv .venv-proofs build dist *.egg-info

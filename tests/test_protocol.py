@@ -12,6 +12,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent / "bench"))
 import protocol
+import required
 from glyphs import GLYPHS, draw, missing
 from outlier_sets import CORRUPTIONS, DEVELOPMENT, NAMES, UNSEEN, images_of, names, outlier_set
 
@@ -116,7 +117,7 @@ def test_an_unknown_set_is_refused_by_name():
 @pytest.mark.parametrize("name", GLYPHS)
 def test_glyphs_are_white_on_black_whole_and_centred_by_mass_in_a_box_of_twenty(name):
     if packages := missing([name]):
-        pytest.skip(f"needs the fonts of {' '.join(packages)}: make fonts")
+        required.missing(f"the fonts of {' '.join(packages)}")
     images = draw(name, N, np.random.default_rng(0), large=False)
     again = draw(name, N, np.random.default_rng(0), large=False)
     np.testing.assert_array_equal(images, again)
