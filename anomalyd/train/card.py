@@ -154,7 +154,9 @@ def write_card(
     elif training.companions:
         measured = f"bits/dim are those of `{training.init}`; no test split"
     else:
-        measured = f"{training.validation:.4f} bits/dim{bound} on the validation split; no test split"
+        measured = (
+            f"{training.validation:.4f} bits/dim{bound} on the validation split; no test split"
+        )
     kind = "images"
     if spec.tiled:
         kind = f"tiles of photographs, scaled down by {spec.shrink},"
