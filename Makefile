@@ -9,13 +9,13 @@ PEERS := litserve mlserver bentoml
 SOAK_SECONDS ?= 3600
 BUNDLES := $(sort $(dir $(wildcard trained/*/manifest.json)))
 
-.PHONY: serve test lint proofs soak bench protocol figures tables clean
+.PHONY: serve test lint proofs soak bench protocol figures clean
 
 serve: .venv/base
 	$(BIN)/anomalyd serve --default-model fashion-mnist-vae
 
 # A process for each core, and whole files to each, for their fixtures train and export models.
-test: .venv/all lint promtool
+test: .venv/all lint programs fonts
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 	$(BIN)/anomalyd bundle verify $(BUNDLES)
 
@@ -39,15 +39,17 @@ soak: .venv/all
 	  tests/cluster/proof_ray.py::test_a_driver_that_is_killed_leaves_only_unfinished_parts
 
 # The numbers in README and cards, and the speed ratios; minutes, not seconds.
-bench: .venv/all debian $(PEERS:%=.venv-proofs/%/installed)
+bench: data .venv/all debian $(PEERS:%=.venv-proofs/%/installed)
 	$(BIN)/python tests/bench/bench.py --data $(DATA)
 	for name in ratio workers; do $(BIN)/python tests/bench/bench_scale.py --data $(DATA) --only $$name || exit; done
 
-# The tables of outliers in trained/README.md; some ten minutes a PixelCNN.
-protocol: .venv/all fonts
-	$(BIN)/python tests/bench/protocol.py --data $(DATA)
+# The tables of outliers in trained/README.md: a few minutes a PixelCNN, then half an hour of training.
+protocol: data .venv/all fonts
+	$(BIN)/python tests/bench/protocol.py --data $(DATA) --limit 300 --unseen
+	$(BIN)/python tests/bench/protocol.py --data $(DATA) --leave-one-out fashion-mnist
 
-# The pictures in README and cards.
+# docs/example.png and trained/scores.png. `anomalyd train` draws those of a card; strangest images
+# in docs/strangest/ are copies of what it leaves beside the bundle.
 figures: .venv/all
 	$(BIN)/python tests/bench/figures.py
 
@@ -70,6 +72,12 @@ figures: .venv/all
 	$(BIN)/python -m pip --disable-pip-version-check --python $(@D)/bin/python install --quiet --no-deps --no-compile --requirement $<
 	@touch $@
 
+# The full data sets, without which there is nothing to measure.
+.PHONY: data
+data:
+	@[ -d '$(DATA)/fashion-mnist' ] || \
+	  { echo "no data sets at $(DATA), which docs/data.md lists; make $(MAKECMDGOALS) DATA=FOLDER" >&2; exit 1; }
+
 # Programs that the proofs run, and the Debian packages that hold them.
 .PHONY: debian
 debian:
@@ -79,18 +87,22 @@ debian:
 	  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends \
 	    prometheus wrk hey chromium openssl curl shellcheck systemd iproute2 >/dev/null; } || true
 
-# promtool checks the metrics; it comes with Debian's prometheus. Without root its test skips.
-.PHONY: promtool
-promtool:
-	@command -v promtool >/dev/null || [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null || \
-	  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends prometheus >/dev/null; } || true
+# Programs that the tests run. Without root those of promtool, of Debian's prometheus, skip; openssl
+# and curl have to be there.
+.PHONY: programs
+programs:
+	@for program in promtool openssl curl; do command -v $$program >/dev/null || missing=yes; done; \
+	[ -z "$$missing" ] || [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null || \
+	  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends \
+	    prometheus openssl curl >/dev/null; } || true
 
-# The glyphs of the protocol come from Debian's fonts. Without root protocol.py says what is missing.
+# The glyphs of the protocol come from Debian's fonts, 20 MB. Without root their tests skip, and
+# protocol.py says what is missing.
 .PHONY: fonts
 fonts: FONTS = $(shell $(BIN)/python tests/bench/glyphs.py)
 fonts: .venv/all
 	@dpkg --status $(FONTS) >/dev/null 2>&1 || [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null || \
-	  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $(FONTS) >/dev/null; }
+	  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $(FONTS) >/dev/null; } || true
 
 clean:
 	rm -rf .venv .venv-proofs build dist *.egg-info

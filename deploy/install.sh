@@ -42,6 +42,8 @@ trap 'rm -f "$list"' EXIT
 printf '%s\n' "$requirements" >"$list"
 "$python" -m venv --without-pip "$prefix"
 install --requirement "$list" "$onnxruntime"
-# A clone that moved on keeps its version: without force the old code would stay.
+# A clone that moved on keeps its version: without force the old code would stay, and modules that
+# it no longer has would come back out of what an older build left.
+rm -rf "$source/build"
 install --no-deps --force-reinstall "$source"
 echo "installed in $prefix, $(du -sm "$prefix" | cut -f1) MiB: $prefix/bin/anomalyd"

@@ -101,11 +101,13 @@ class FakeSession:
         self.session = session
         self.open = threading.Event()
         self.open.set()
+        self.reached = threading.Event()
         self.broken = False
         self.floor = None
         self.ran = 0
 
     def run(self, images, *, nll_map=False, **_):
+        self.reached.set()
         assert self.open.wait(10)
         self.ran += len(images)
         if self.broken:

@@ -14,4 +14,4 @@ def missing(what: str) -> NoReturn:
     """Skip, or fail where nothing may be missing."""
     if os.environ.get(REQUIRED):
         pytest.fail(f"{what} is missing, and {REQUIRED} is set")
-    pytest.skip(f"needs {what}; `make proofs` as root installs it")
+    pytest.skip(f"needs {what}; `make test` and `make proofs` as root install it")

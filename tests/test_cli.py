@@ -316,14 +316,15 @@ def test_evaluate_writes_a_report(run, bundle, images, tmp_path):
     """One file, said on stderr; with warnings there, and without images if so asked."""
     np.save(tmp_path / "normal.npy", tiny.draw(300, seed=91))
     command = ["evaluate", bundle, "--normal", tmp_path / "normal.npy", "--format", "json"]
-    command += ["--outliers", f"larger={images.parent / 'larger'}"]
-    (images.parent / "larger").mkdir()
+    command += ["--outliers", f"larger={tmp_path / 'larger'}"]
+    (tmp_path / "larger").mkdir()
     for i, pixels in enumerate(tiny.draw(40, seed=92)):
-        Image.fromarray(pixels[..., 0]).resize((8, 8)).save(images.parent / f"larger/{i}.png")
+        Image.fromarray(pixels[..., 0]).resize((8, 8)).save(tmp_path / f"larger/{i}.png")
     report = tmp_path / "report.html"
     code, out, err = run(*command, "--report", report)
     assert code == 0
     (warning,) = json.loads(out)["warnings"]
+    assert warning.startswith("larger: width alone tells these outliers with AUROC 1.000")
     assert f"warning: {warning}\n" in err
     assert f"{report} written" in err
     text = report.read_text(encoding="utf-8")
@@ -377,12 +378,14 @@ def test_a_killed_output_is_resumed(run, bundle, tmp_path):
         wait_for(part, 100_000, process)
         os.kill(process.pid, signal.SIGKILL)
     assert path.read_text() == "old\n"
+    assert len(part.read_bytes().splitlines()) < count  # half way, not after the end
     code, out, _ = run("score", bundle, tmp_path / "x.npy", "--output", path, "--resume")
     assert (code, out) == (0, "")
-    with path.open() as lines:
-        indices = [json.loads(line)["index"] for line in lines]
-    assert indices == list(range(count))
     assert not part.exists()
+    run("score", bundle, tmp_path / "x.npy", "--output", tmp_path / "whole.jsonl")
+    whole = (tmp_path / "whole.jsonl").read_bytes()
+    assert len(whole.splitlines()) == count
+    assert path.read_bytes() == whole
 
 
 def test_no_command_shows_the_help(run):

@@ -12,6 +12,7 @@ from itertools import combinations
 from pathlib import Path
 
 import pytest
+from required import missing
 
 from anomalyd.config import load
 from anomalyd.serve.metrics import Metrics
@@ -73,7 +74,7 @@ def test_promtool_accepts_the_rules(command):
     """`promtool check rules` and `promtool test rules` pass (Debian package: prometheus)."""
     promtool = shutil.which("promtool")
     if promtool is None:
-        pytest.skip("needs promtool, from the Debian package prometheus")
+        missing("promtool")
     done = subprocess.run(
         [promtool, *command], cwd=DEPLOY / "prometheus", capture_output=True, text=True
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -33,8 +35,13 @@ assert anomalyd.__file__.startswith(sys.path[0]), anomalyd.__file__
 def wheel(tmp_path_factory) -> Path:
     """The wheel, built and unpacked."""
     folder = tmp_path_factory.mktemp("wheel")
+    # Of what a wheel is built from alone: setuptools would add what an older build/ has left.
+    source = folder / "source"
+    shutil.copytree(ROOT / "anomalyd", source / "anomalyd", ignore=shutil.ignore_patterns("__py*"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir"]
-    subprocess.run([*command, str(folder), str(ROOT)], check=True, capture_output=True)
+    subprocess.run([*command, str(folder), str(source)], check=True, capture_output=True)
     with zipfile.ZipFile(next(folder.glob("*.whl"))) as archive:
         archive.extractall(folder / "unpacked")
     return folder / "unpacked"
@@ -56,14 +63,22 @@ def test_wheel_holds_data_files_and_licence(wheel):
     assert "anomalyd/train/recipes/vae.toml" in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert not any(name.startswith(("tests", "trained")) for name in names)
+    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "anomalyd").rglob("*.py")}
+    assert {name for name in names if name.endswith(".py")} == modules
 
 
 def test_base_install_scores_without_extras(wheel, fixture_data):
     """A bundle verifies and scores with the base packages alone."""
     bundle = ROOT / "tests" / "data" / "format-1" / "tiny"
+    images = fixture_data / "mnist" / "t10k-images-idx3-ubyte.gz"
     verified = bare(wheel, RUN, "bundle", "verify", bundle)
+    scored = bare(wheel, RUN, "score", bundle, images, "--format", "jsonl")
 
     assert verified.returncode == 0, verified.stderr
+    assert scored.returncode == 0, scored.stderr
+    rows = [json.loads(line) for line in scored.stdout.splitlines()]
+    assert len(rows) == 200
+    assert all(0 < row["p_value"] <= 1 for row in rows)
 
 
 def test_import_has_no_side_effects(wheel):

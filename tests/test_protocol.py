@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import sys
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent / "bench"))
 import protocol
+import required
 from glyphs import GLYPHS, draw, missing
 from outlier_sets import CORRUPTIONS, DEVELOPMENT, NAMES, UNSEEN, images_of, names, outlier_set
 
@@ -17,7 +20,8 @@ from anomalyd.detect.detector import Detector
 
 SHAPE = (28, 28, 1)
 N = 40
-VAE = Path(__file__).parents[1] / "trained" / "fashion-mnist-vae"
+ROOT = Path(__file__).parents[1]
+VAE = ROOT / "trained" / "fashion-mnist-vae"
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +117,7 @@ def test_an_unknown_set_is_refused_by_name():
 @pytest.mark.parametrize("name", GLYPHS)
 def test_glyphs_are_white_on_black_whole_and_centred_by_mass_in_a_box_of_twenty(name):
     if packages := missing([name]):
-        pytest.skip(f"needs the fonts of {' '.join(packages)}: make fonts")
+        required.missing(f"the fonts of {' '.join(packages)}")
     images = draw(name, N, np.random.default_rng(0), large=False)
     again = draw(name, N, np.random.default_rng(0), large=False)
     np.testing.assert_array_equal(images, again)
@@ -144,11 +148,56 @@ def test_normals_against_themselves_are_worth_nothing_and_noise_is_caught(clothe
     assert noise["ci95"] == [pytest.approx(0.025 ** (1 / N), abs=1e-6), 1.0]
 
 
-def test_the_summary_names_the_worst_sets_and_where_plain_nll_is_better():
-    def row(auroc, nll):
-        keys = {"n": 9, "aupr": 0.5, "fpr95": 0.5, "recall": 0.5, "ci95": [0.2, 0.8]}
-        return {"auroc": auroc, "nll": nll} | keys
+def row(auroc, nll):
+    keys = {"n": 9, "aupr": 0.5, "fpr95": 0.5, "recall": 0.5, "ci95": [0.2, 0.8]}
+    return {"auroc": auroc, "nll": nll} | keys
 
+
+def test_keeping_a_run_of_some_sets_loses_no_row_of_the_others(monkeypatch, tmp_path):
+    """Other sets, other bundles and the page around the tables stay; what was measured is new."""
+    page = tmp_path / "README.md"
+    page.write_text(f"before\n{protocol.BEGIN}old\n{protocol.END}after\n")
+    monkeypatch.setattr(protocol, "TRAINED", tmp_path)
+    monkeypatch.setattr(protocol, "RESULTS", tmp_path / "protocol.json")
+    about = {"score": "some", "normal": "mnist", "alpha": 0.01, "n": 9, "false_alarms": 0.0}
+    known = about | {"sets": {"blur": row(0.5, 0.625), "greek": row(0.25, 0.25)}}
+    fresh = about | {"sets": {"blur": row(0.75, 0.625), "noise": row(1.0, 1.0)}}
+
+    rows = protocol.merged(known, fresh)
+    protocol.keep({"bundles": {"b": rows, "c": known}, "left_out": {}})
+
+    kept = json.loads((tmp_path / "protocol.json").read_text())["bundles"]
+    assert kept["c"] == known
+    assert kept["b"]["sets"] == {**fresh["sets"], "greek": known["sets"]["greek"]}
+    assert page.read_text().startswith(f"before\n{protocol.BEGIN}| bundle")
+    assert page.read_text().endswith(f"{protocol.END}after\n")
+    assert page.read_text().count("| greek (unseen) | 9 | 0.2500 |") == 2
+    assert "| blur | 9 | 0.7500 |" in page.read_text()
+
+
+def test_rows_of_other_sizes_are_not_put_side_by_side():
+    known = {"n": 300, "sets": {}}
+    protocol.check_comparable("b", known, limit=300, unseen=False)
+    protocol.check_comparable("b", known, limit=2_000, unseen=True)  # every row is made anew
+    protocol.check_comparable("b", {}, limit=2_000, unseen=False)
+    with pytest.raises(SystemExit, match="of b are of 300 normal images; with --limit 300 others"):
+        protocol.check_comparable("b", known, limit=2_000, unseen=False)
+
+
+def test_make_protocol_measures_every_row_of_the_page():
+    """With its options no set that the page has a row of is left out."""
+    makefile = (ROOT / "Makefile").read_text()
+    kept = json.loads((ROOT / "trained" / "protocol.json").read_text())
+    (limit,) = re.findall(r"protocol\.py .*--limit (\d+) --unseen$", makefile, re.M)
+    (left_out,) = re.findall(r"protocol\.py .*--leave-one-out (.*)$", makefile, re.M)
+    assert set(kept["left_out"]) == set(left_out.split())
+    assert set(kept["bundles"]) == set(protocol.BUNDLES)
+    for bundle in kept["bundles"].values():
+        assert bundle["n"] == int(limit)
+        assert set(bundle["sets"]) == set(names(bundle["normal"], unseen=True))
+
+
+def test_the_summary_names_the_worst_sets_and_where_plain_nll_is_better():
     bundle = {
         "score": "some",
         "n": 9,

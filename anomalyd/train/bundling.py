@@ -183,6 +183,7 @@ def write(
         minutes_before=card.minutes_of(_card(init)) if init else 0.0,
         history=card.history_of(_card(init)) if init and not trained.outcome.budget else history,
         draws="sampler.onnx" in files,
+        companions="main" in trained.recipe.train.frozen,
     )
     manifest = _manifest(trained, out.name, session, test, licence, score_name, temperature)
     if model.kind == "density":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shlex
 from dataclasses import dataclass
@@ -49,7 +50,8 @@ class Training:
         minutes_before: the time spent on those.
         machine: what it ran on.
         images_per_second: training speed, on average.
-        validation: best validation loss.
+        validation: best validation loss, and
+        companions: whether it is the sum of the companions', the density itself being frozen.
         unit: what losses and parity are counted in.
         parity: largest difference between torch and onnxruntime.
         test: images in the test split, 0 where there is none.
@@ -76,6 +78,7 @@ class Training:
     minutes_before: float = 0.0
     history: str | None = None
     draws: bool = True
+    companions: bool = False
 
 
 def history_of(card: str) -> str:
@@ -146,11 +149,14 @@ def write_card(
         else f" (a lower bound on log p, {manifest.likelihood})"
     )
     test = manifest.bits_per_dim["test"]
-    measured = (
-        f"{test:.4f} bits/dim{bound} on the {training.test:,} images of the test split"
-        if test is not None
-        else f"{training.validation:.4f} bits/dim{bound} on the validation split; no test split"
-    )
+    if test is not None:
+        measured = f"{test:.4f} bits/dim{bound} on the {training.test:,} images of the test split"
+    elif training.companions:
+        measured = f"bits/dim are those of `{training.init}`; no test split"
+    else:
+        measured = (
+            f"{training.validation:.4f} bits/dim{bound} on the validation split; no test split"
+        )
     kind = "images"
     if spec.tiled:
         kind = f"tiles of photographs, scaled down by {spec.shrink},"
@@ -292,11 +298,15 @@ def _history(manifest: Manifest, training: Training) -> str:
     options = " --labels" if training.labels else ""
     if training.group:
         options += f" --group {shlex.quote(training.group)}"
-    before, again = "", "One command trains it again"
+    before, holds = "", "every setting. One command trains it again"
     if training.init:
         options += f" --init {training.init}"
         before = f" after {training.minutes_before:.1f} of the weights it started from"
-        again = "One command repeats the last part; from nothing, leave out `--init` and `frozen`"
+        holds = (
+            "the settings of this last part, not of the weights that it started from. One command "
+            f"trains this part again, from the weights that `{training.init}` has now"
+        )
+    alone = " of the companions together; the density was frozen" if training.companions else ""
     return f"""{HISTORY}
 
 | | |
@@ -305,10 +315,10 @@ def _history(manifest: Manifest, training: Training) -> str:
 | licence | {manifest.licence} |
 | training | {training.minutes:.1f} minutes{before}, {training.images_per_second:,.0f} images/s, \
 {training.machine} |
-| validation | {training.validation:.4f} {training.unit} |
+| validation | {training.validation:.4f} {training.unit}{alone} |
 | torch against onnxruntime | {training.parity:.1e} {training.unit} at most |
 
-`recipe.toml` holds every setting. {again}:
+`recipe.toml` holds {holds}:
 
     anomalyd train {training.data}{options} --recipe {training.out}/recipe.toml --out again
 """
@@ -319,18 +329,22 @@ def histogram(scores: NDArray[np.float64], threshold: float | None, *, bins: int
 
     Args:
         scores: ascending.
-        threshold: the smallest score that is an outlier; None draws no line.
-        bins: rows up to the largest score or the threshold.
+        threshold: the smallest score that is an outlier, where a bin ends; None draws no line.
+        bins: rows up to the largest score or the threshold, about.
     """
     line = float(np.quantile(scores, 0.99)) if threshold is None else threshold
+    bottom = min(0.0, float(scores[0]), line - 1e-9)
     top = float(min(max(scores[-1], line), 2 * max(line, 1e-9)))
-    edges = np.linspace(min(0.0, float(scores[0])), top, bins + 1)
-    counts, _ = np.histogram(np.minimum(scores, top), edges)
+    below = max(1, round(bins * (line - bottom) / (top - bottom)))
+    step = (line - bottom) / below
+    above = max(math.ceil((top - line) / step - 1e-9), int(scores[-1] >= line))
+    edges = line + step * np.arange(-below, above + 1)
+    counts, _ = np.histogram(np.clip(scores, edges[0], edges[-1]), edges)
     widest = max(1, int(counts.max()))
-    rows, marked = [], False
-    for low, high, count in zip(edges[:-1], edges[1:], counts, strict=True):
-        if threshold is not None and not marked and high >= threshold:
-            rows.append(f"{'-' * 12} outlier from {threshold:.4f} {'-' * 28}")
-            marked = True
-        rows.append(f"{low:7.3f} to {high:6.3f} {'#' * round(40 * int(count) / widest)} {count}")
+    rows = [
+        f"{low:7.3f} to {high:6.3f} {'#' * round(40 * int(count) / widest)} {count}"
+        for low, high, count in zip(edges[:-1], edges[1:], counts, strict=True)
+    ]
+    if threshold is not None:
+        rows.insert(below, f"{'-' * 12} outlier from {threshold:.4f} {'-' * 28}")
     return "\n".join(rows)

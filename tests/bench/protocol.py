@@ -7,9 +7,9 @@ Each named bundle is measured against every set of `outlier_sets.py` that is an 
 normal set, single images. `--unseen` is for scores that are frozen. With `--leave-one-out` a VAE
 is trained on nine classes of a set, on one core, and the tenth is the outlier, for all ten.
 
-The rows are kept in trained/protocol.json: those of bundles that are not named stay as they were
-measured, those of a bundle outside trained/ are only printed. Glyph sets need Debian's fonts:
-`make fonts`.
+The rows are kept in trained/protocol.json: those of bundles and sets that a run does not measure
+stay as they were, so a bundle that was trained anew takes --unseen. Those of a bundle outside
+trained/ are only printed. Glyph sets need Debian's fonts: `make fonts`.
 """
 
 from __future__ import annotations
@@ -116,6 +116,20 @@ def against(detector: Detector, normals: Pixels) -> Callable[[Pixels], Row]:
         }
 
     return compare
+
+
+def merged(known: Row, fresh: Row) -> Row:
+    """A bundle's rows with those just measured among them; no row is lost."""
+    return fresh | {"sets": known.get("sets", {}) | fresh["sets"]}
+
+
+def check_comparable(name: str, known: Row, *, limit: int, unseen: bool) -> None:
+    """See that rows which stay were measured against as many normal images."""
+    if known and not unseen and known["n"] != limit:
+        raise SystemExit(
+            f"protocol: the rows of {name} are of {known['n']} normal images; with "
+            f"--limit {known['n']} others join them, with --unseen all are measured anew"
+        )
 
 
 def normal_set(bundle: str) -> str:
@@ -271,10 +285,13 @@ def measure(asked: argparse.Namespace, results: Row) -> None:
         )
     there = (TRAINED / name for name in BUNDLES if (TRAINED / name).is_dir())
     for path in asked.bundles or there:
+        kept = not asked.quick and path.resolve().parent == TRAINED
+        known = results["bundles"].get(path.name, {}) if kept else {}
+        check_comparable(path.name, known, limit=asked.limit, unseen=asked.unseen)
         print(f"\n| {path.name} {HEADING}", end="", flush=True)
         row = measured(path, limit=asked.limit, unseen=asked.unseen, data=asked.data)
-        if not asked.quick and path.resolve().parent == TRAINED:
-            results["bundles"][path.name] = row
+        if kept:
+            results["bundles"][path.name] = merged(known, row)
             keep(results)
 
 

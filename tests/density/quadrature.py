@@ -7,25 +7,28 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from anomalyd.density.variational import Variational
 
 
 @torch.no_grad()
-def exact_log_p(density: Variational, images: Tensor, label: int | None = None) -> Tensor:
+def exact_log_p(
+    density: Variational, images: Tensor, label: int | None = None, nodes: int | None = None
+) -> Tensor:
     """log of the integral of p(x|z) over the noise that z is drawn by: (N,) float64, nats."""
-    axis = torch.linspace(-7, 7, {1: 1401, 2: 141, 3: 41}[density.latent])
-    noise = torch.tensor(list(itertools.product(axis.tolist(), repeat=density.latent)))
+    axis = torch.linspace(
+        -7, 7, nodes or {1: 1401, 2: 141, 3: 41}[density.latent], dtype=torch.float64
+    )
+    noise = torch.cartesian_prod(*[axis] * density.latent).reshape(-1, density.latent)
     labels = None if label is None else torch.full((len(noise),), label)
     any_image = images[:1].expand(len(noise), -1, -1, -1)  # grey: no value depends on another
-    tables = density.log_probs(any_image, labels, noise).double()
-    log_prior = -(noise.double().square().sum(dim=1) + density.latent * math.log(2 * math.pi)) / 2
-    log_cell = density.latent * math.log(float(axis[1] - axis[0]))
-    log_p = []
-    for value in density.quantise(images):
-        chosen = tables.gather(4, value.expand(len(noise), -1, -1, -1).unsqueeze(4))
-        log_p.append(torch.logsumexp(chosen.sum(dim=(1, 2, 3, 4)) + log_prior, dim=0) + log_cell)
-    return torch.stack(log_p)
+    tables = density.log_probs(any_image, labels, noise.float()).double()
+    log_prior = -(noise.square().sum(dim=1) + density.latent * math.log(2 * math.pi)) / 2
+    log_cell = density.latent * math.log(axis[1] - axis[0])
+    values = functional.one_hot(density.quantise(images).long(), tables.shape[4])
+    given_noise = values.flatten(1).double() @ tables.flatten(1).T
+    return torch.logsumexp(given_noise + log_prior, dim=1) + log_cell
 
 
 @torch.no_grad()

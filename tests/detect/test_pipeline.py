@@ -14,7 +14,7 @@ from anomalyd.detect.pipeline import AHEAD, LARGEST_SLAB, collect, scored
 from anomalyd.detect.runtime import Session
 from anomalyd.errors import CorruptImage, SourceError
 from anomalyd.images import ImageSpec, content_hash, decode
-from anomalyd.sources import Item, open_paths
+from anomalyd.sources import Item, open_paths, open_source
 
 SPEC = ImageSpec(4, 4, 1)
 
@@ -115,11 +115,17 @@ def test_collect_keeps_hashes_names_and_groups(session):
     np.testing.assert_allclose(-odd.raw.log_likelihood[:, 0], tiny.nll(images[1::2]), rtol=1e-6)
 
 
-def test_a_folder_of_real_images_and_its_idx_file_score_alike(session, fixture_data):
+def test_a_folder_of_real_images_and_its_idx_file_score_alike(session, fixture_data, tmp_path):
     """PNG files and arrays take one path; 28x28 images are scaled down to the model's 4x4."""
-    collected = collect(session, SPEC, open_paths([fixture_data / "images"]))
-    assert collected is not None
-    assert np.isfinite(collected.raw.log_likelihood).all()
+    items = list(open_source(fixture_data / "mnist", split="test"))
+    for i, item in enumerate(items):
+        Image.fromarray(item.payload.reshape(28, 28)).save(tmp_path / f"{i:03d}.png")
+    arrays = collect(session, SPEC, items)
+    files = collect(session, SPEC, open_paths([tmp_path]))
+    assert len(arrays) == len(files) == 200
+    np.testing.assert_array_equal(files.hashes, arrays.hashes)
+    np.testing.assert_array_equal(files.raw.log_likelihood, arrays.raw.log_likelihood)
+    assert arrays.raw.log_likelihood.std() > 0
 
 
 def test_heatmap_shows_the_image_beside_its_map():

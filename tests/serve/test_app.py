@@ -6,6 +6,7 @@ import asyncio
 import base64
 import io
 import json
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -28,6 +29,7 @@ from tiny import SIDE, draw, tiny_bundle
 
 from anomalyd.detect.detector import Detector
 from anomalyd.errors import UsageError
+from anomalyd.images import to_pixels
 from anomalyd.serve.metrics import Metrics
 from anomalyd.serve.models import Models
 from anomalyd.serve.openapi import OPENAPI
@@ -147,10 +149,22 @@ def test_no_body_makes_it_fail(lasting, data):
         assert response.status_code in (400, 413, 415, 422)
 
 
-def test_large_images_are_decoded_off_the_event_loop(daemon):
-    """An image with more pixels than are decoded in place is scored all the same."""
-    response = daemon.score(encoded(np.zeros((800, 800), np.uint8)))
-    assert response.status_code == 200
+def test_large_images_are_decoded_off_the_event_loop(daemon, monkeypatch):
+    """Small ones are decoded on the loop's own thread, which costs no task."""
+    threads = []
+
+    def noted(image, spec, limits):
+        pixels = to_pixels(image, spec, limits)
+        threads.append(threading.current_thread())
+        return pixels
+
+    monkeypatch.setattr("anomalyd.serve.scoring.to_pixels", noted)
+    for side in (SIDE, 800):
+        response = daemon.score(encoded(np.zeros((side, side), np.uint8)))
+        assert response.status_code == 200
+    small, large = threads  # asyncio.run runs the loop on this one
+    assert small is threading.current_thread()
+    assert large is not small
 
 
 def test_a_body_over_the_limit_is_413(bundle):

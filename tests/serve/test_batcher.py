@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import statistics
 import threading
 import time
 from collections import deque
@@ -182,11 +183,14 @@ def test_a_full_batch_runs_beside_another():
 
 def test_two_runs_at_one_time_do_not_seem_slow():
     """Sharing the CPUs, both take twice as long, and as many are done in that time."""
-    both = threading.Barrier(2)
+    both, took = threading.Barrier(2), []
 
     def run(jobs):
+        began = time.perf_counter()
         both.wait(10)
         time.sleep(0.1)
+        both.wait(10)
+        took.append(time.perf_counter() - began)
         return jobs
 
     async def scenario():
@@ -195,7 +199,7 @@ def test_two_runs_at_one_time_do_not_seem_slow():
         batcher.close()
         return batcher.pace.seconds(1)
 
-    assert asyncio.run(scenario()) < 0.1
+    assert asyncio.run(scenario()) < 0.75 * statistics.median(took)  # a half, and some for hands
 
 
 def test_a_bad_job_fails_alone(caplog):

@@ -8,7 +8,7 @@ import shutil
 import weakref
 
 import pytest
-from daemons import NORMAL, check_problem, load, serve
+from daemons import NORMAL, FakeSession, check_problem, load, serve
 from tiny import rewrite_manifest, tiny_bundle, tiny_classifier
 
 from anomalyd.errors import BundleError
@@ -310,7 +310,36 @@ def test_what_was_swapped_out_is_let_go(tmp_path):
 
 
 def test_a_request_keeps_the_model_that_it_found(tmp_path):
-    """A swap in the middle of a request does not change who answers it."""
+    """A swap in the middle of a request does not change who answers it, though it leaves."""
+    versions(tmp_path, "1")
+    daemon = serve(tmp_path)
+    old = daemon.models.find("shirts").detector
+    old.session = held = FakeSession(old.session)
+    held.open.clear()
+
+    async def scenario():
+        url = "/v1/models/shirts/score"
+        asked = asyncio.ensure_future(daemon.send("POST", url, content=NORMAL))
+        assert await asyncio.to_thread(held.reached.wait, 10)
+        shutil.rmtree(tmp_path / "shirts" / "1")
+        versions(tmp_path, "2")
+        refreshed = asyncio.ensure_future(daemon.control.refresh())
+        while daemon.models.find("shirts").version == "1":
+            await asyncio.sleep(0.001)
+        assert not asked.done()
+        assert (await daemon.send("POST", url, content=NORMAL)).json()["version"] == "2"
+        held.open.set()
+        await refreshed
+        return (await asked).json()
+
+    answer = asyncio.run(scenario())
+    assert (answer["version"], len(answer["results"])) == ("1", 1)
+    assert held.ran == 1
+    daemon.models.close()
+
+
+def test_versions_stand_side_by_side(tmp_path):
+    """The newest answers where none is named; each answers by its own address."""
     versions(tmp_path, "1")
     daemon = serve(tmp_path)
     found = daemon.models.find("shirts")

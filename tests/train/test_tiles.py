@@ -17,7 +17,7 @@ from PIL import Image
 from anomalyd import Detector
 from anomalyd.cli import main
 from anomalyd.detect.bundle import read_bundle
-from anomalyd.errors import SourceError, UsageError, WrongSize
+from anomalyd.errors import SourceError, TrainingError, UsageError
 from anomalyd.images import ImageSpec
 from anomalyd.sources import open_source
 from anomalyd.train import loop
@@ -119,13 +119,21 @@ def test_python_batch_and_daemon_say_the_same(bundle, photographs, capsys):
     daemon.models.close()
 
 
-def test_splits_keep_objects_of_a_table_together(photographs, bundle):
-    """Both photographs of an object calibrate, or neither does."""
+def test_splits_keep_objects_of_a_table_together(photographs, bundle, tmp_path):
+    """No object has a photograph that calibrates and one that trains."""
+    content = read_bundle(bundle)
     source = open_source(photographs, group=f"{photographs / 'objects.csv'}:object")
-    groups = [item.group for item in source]
-    assert groups == [f"object-{number // 2}" for number in range(30)]
-    counted = len(read_bundle(bundle).calibration.calibration_hashes)
-    assert counted % 2 == 0
+    gather(source, content.manifest.image, tmp_path)
+    images = reopen(tmp_path)
+    assert images.groups == [f"object-{number // 2}" for number in range(30)]
+    object_of = dict(zip(images.hashes.tolist(), images.groups, strict=True))
+    calibrating, training = (
+        {object_of[each] for each in hashes.tolist()}
+        for hashes in (content.calibration.calibration_hashes, content.calibration.training_hashes)
+    )
+    assert not calibrating & training
+    assert calibrating | training == set(images.groups)
+    assert calibrating
 
 
 def test_tables_that_do_not_fit_are_told(photographs, tmp_path):
@@ -236,6 +244,6 @@ def test_a_density_without_expectations_is_refused_before_it_trains(photographs,
 
 def test_a_tile_larger_than_every_photograph_is_told(photographs, recipe, tmp_path):
     """Nothing can be used, and the first reason is named."""
-    with pytest.raises(Exception, match=r"tiles of 400x400") as caught:
+    with pytest.raises(TrainingError, match=r"could be used; the first says: .*tiles of 400x400"):
         train(data=str(photographs), model=None, out=tmp_path / "x", recipe=recipe, image_size=200)
-    assert not isinstance(caught.value, WrongSize)
+    assert not (tmp_path / "x").exists()

@@ -181,7 +181,10 @@ def test_companions_join_a_density_that_stays_as_it_was(bundle, fixture_data, tm
     np.testing.assert_allclose(
         joined.golden.log_likelihood, alone.golden.log_likelihood, rtol=1e-5
     )
-    assert " of the weights it started from" in joined.read("CARD.md").decode()
+    card = joined.read("CARD.md").decode()
+    assert " of the weights it started from" in card
+    assert "of the companions together; the density was frozen |" in card
+    assert "the settings of this last part, not of the weights" in card
 
 
 def test_no_epochs_make_the_bundle_anew(bundle, fixture_data, tmp_path):
