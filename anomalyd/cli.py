@@ -582,9 +582,22 @@ def _say_summary(detector: Any, summary: Any, alpha: float, fdr: float | None) -
 
 @anomalyd.command()
 @bundle
-@click.option("-n", "count", type=int, metavar="N", help="Images to draw  [default: 16]")
+@click.option(
+    "-n",
+    "count",
+    type=click.IntRange(1, 10_000),
+    metavar="N",
+    help="Images to draw, up to 10,000  [default: 16; with --complete 8]",
+)
 @click.option("--label", metavar="NAME", help="Draw images of this class.")
-@click.option("--seed", type=int, default=0, show_default=True, metavar="S", help="Of the draw.")
+@click.option(
+    "--seed",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    metavar="S",
+    help="Of the draw.",
+)
 @click.option(
     "--temperature",
     type=float,
@@ -598,10 +611,8 @@ def _say_summary(detector: Any, summary: Any, alpha: float, fdr: float | None) -
 )
 @click.option(
     "--keep",
-    default="top-half",
-    show_default=True,
     metavar="PART",
-    help="What is kept of it: top-quarter, top-half, top-three-quarters.",
+    help="What is kept of it: top-quarter, top-half or top-three-quarters  [default: top-half]",
 )
 @click.option(
     "--method",
@@ -626,7 +637,7 @@ def sample(
     seed: int,
     temperature: float,
     complete: Path | None,
-    keep: str,
+    keep: str | None,
     method: str,
     output: Path,
     device: str,
@@ -635,12 +646,19 @@ def sample(
     import numpy as np
 
     from anomalyd.detect.sample import Sampler, grid
+    from anomalyd.errors import ImageError
     from anomalyd.images import to_pixels
 
+    if keep is not None and complete is None:
+        raise UsageError(f"--keep {keep}: only an image to complete is kept; add --complete IMAGE")
+    keep = keep or "top-half"
     if output.suffix.lower() != ".png":
         raise UsageError(f"--output {output}: samples are written as .png")
     sampler = Sampler.load(bundle, device=device)
-    given = None if complete is None else to_pixels(complete, sampler.spec)
+    try:
+        given = None if complete is None else to_pixels(complete, sampler.spec)
+    except ImageError as error:
+        raise UsageError(f"--complete {complete}: {error}") from error
     with _progress("drawing", sampler.steps) as advance:
         before = 0
 
@@ -694,7 +712,8 @@ def embed(bundle: Path, data: str, output: Path, device: str) -> int:
     with _progress("embedding", len(source)) as advance:
         done = run(bundle, source, output, device=device, progress=advance)
     if done.unreadable == done.images:
-        raise AnomalydError(f"none of {done.images} inputs could be read")
+        first = f"; the first says: {done.reason}" if done.reason else ""
+        raise AnomalydError(f"none of {done.images} inputs could be read{first}")
     unreadable = f", {done.unreadable} could not be read" if done.unreadable else ""
     _say(f"{output}: {done.images} images, {done.features} numbers each{unreadable}")
     return UNREADABLE if done.unreadable else 0

@@ -153,11 +153,15 @@ class ImageSpec:
     shrink: int = 1
 
     def __post_init__(self) -> None:
+        for name in ("height", "width", "channels", "levels", "shrink"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise UsageError(f"image {name} must be a whole number, not {value!r}")
         if self.height < 1 or self.width < 1:
             raise UsageError(f"image size {self.width}x{self.height}: both must be at least 1")
         if self.channels not in (1, 3):
             raise UsageError(f"image channels must be 1 or 3, not {self.channels}")
-        if self.resize not in _RESIZE:
+        if self.resize not in tuple(_RESIZE):  # a tuple also takes what has no hash
             raise UsageError(f"image resize must be area or lanczos, not {self.resize!r}")
         if self.on_mismatch not in _ON_MISMATCH:
             raise UsageError(

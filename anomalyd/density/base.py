@@ -128,7 +128,7 @@ class Bayes(NamedTuple):
     Attributes:
         weight: w of -log p(y|x), both in nats.
         shift: pixels by which the images of that term are moved at random, at most, and
-        mirror: whether every other one is mirrored; the density never sees these.
+        mirror: whether each is mirrored with probability 1/2; the density never sees these.
         log_priors: log p(y) of each class; None where they are equal.
     """
 
@@ -156,6 +156,15 @@ class Density(Model):
     def forward(self, images: Tensor) -> Scores:
         """Score `images`, uint8 (N, H, W, C), in one pass, under every class."""
         raise NotImplementedError
+
+    def check_labels(self, labels: Tensor | None) -> None:
+        """Refuse to go on without labels where there are classes: no p(x|y) without a y.
+
+        Raises:
+            ValueError: there are classes and no labels.
+        """
+        if self.classes and labels is None:
+            raise ValueError(f"p(x|y) of {self.classes} classes needs `labels`, int64, not None")
 
     def log_prob(self, images: Tensor) -> Tensor:
         """Return log p(x), or its lower bound, in nats: (N,) float32; with classes (N, K)."""
@@ -187,7 +196,12 @@ class Density(Model):
         return self.log_prob(images)
 
     def losses(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Return -log p(x), or -log p(x|y), of each image in bits per dimension: (N,)."""
+        """Return -log p(x), or -log p(x|y), of each image in bits per dimension: (N,).
+
+        Raises:
+            ValueError: there are classes and no labels.
+        """
+        self.check_labels(labels)
         log_p = self.log_prob(images)
         if labels is not None:
             log_p = log_p.gather(1, labels.unsqueeze(1))[:, 0]
@@ -209,6 +223,9 @@ class Density(Model):
 
         Returns:
             (N, H, W, C, levels) float32, normalised over the last axis.
+
+        Raises:
+            ValueError: there are classes and no labels.
         """
         raise NotImplementedError
 
@@ -238,13 +255,15 @@ class Step(nn.Module):
 class Surprise(NamedTuple):
     """-log p of a value, and what it was expected to be before the value was seen.
 
-    Under the density itself `nll - mean` averages to zero pixel by pixel, whatever the image
-    before it: where an image is merely complex both are large, where it is strange only one is.
+    Where an image is merely complex both are large, where it is strange only one is. Under the
+    density itself `nll - mean` averages to zero pixel by pixel, whatever the image before it:
+    with softmaxes and a Bernoulli. For a logistic mixture mean and variance are approximations,
+    the worse the more of the image is black or white; see there.
 
     Attributes:
         nll: -log p of each pixel, nats.
-        mean: the mean of -log p under p, its entropy, nats.
-        variance: the variance of -log p under p, nats squared.
+        mean: the mean of -log p under p, its entropy, nats; or what stands for it.
+        variance: the variance of -log p under p, nats squared; likewise.
     """
 
     nll: Tensor
@@ -338,6 +357,7 @@ class Autoregressive(Density):
         self, images: Tensor, labels: Tensor | None
     ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[int, int]]:
         """Return context, levels and values of every image under every class, and (N, M)."""
+        self.check_labels(labels)
         values = self.quantise(images)
         inputs = self.centred(values)
         context = self.context(inputs, labels)
@@ -356,6 +376,7 @@ class Autoregressive(Density):
         self, images: Tensor, labels: Tensor | None = None, latent: Tensor | None = None
     ) -> Tensor:
         """Return log p of every level of every value given those before it."""
+        self.check_labels(labels)
         inputs = self.centred(self.quantise(images))
         context = self.context(inputs, None if labels is None else labels.unsqueeze(1))
         return self.pixel.log_probs(context[:, 0], inputs)

@@ -15,9 +15,6 @@ from anomalyd.density.base import ImageShape
 
 __all__ = ["Decoder", "Encoder"]
 
-CODE = 32
-"""Default dimensions of a code."""
-
 
 class Block(nn.Module):
     """x + W_2 relu(W_1 relu(x)), 3x3 convolutions that keep the size.

@@ -14,7 +14,7 @@ def jittered(images: Tensor, shift: int, *, mirror: bool) -> Tensor:
     Args:
         images: uint8 (N, H, W, C).
         shift: pixels, either way; 0 moves none.
-        mirror: whether every other one is mirrored, left to right.
+        mirror: whether each is mirrored, left to right, with probability 1/2.
     """
     if not shift and not mirror:
         return images

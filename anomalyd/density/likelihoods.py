@@ -255,9 +255,12 @@ class LogisticMixture(PixelLikelihood):
     def surprise(self, context: Tensor, values: Tensor, inputs: Tensor) -> Surprise:
         """Return -log p of each pixel; its mean and variance are approximate.
 
-        The mean is that of -log p(k, x), component and level together, which bounds the entropy
-        from above; a component's share of it is log(1 + exp(2) s / w), that of a logistic of
-        scale s where levels of width w are fine, and zero where they are coarse.
+        The mean is that of -log p(k, x), component and level together, no less than the entropy;
+        a component's share of it is taken as log(1 + exp(2) s / w), that of a logistic of scale s
+        where levels of width w are fine, and zero where they are coarse. That the two outermost
+        levels are open is ignored: where most of a component's mass lies on one of them, the true
+        share is near zero and the mean is nats too large. So `nll - mean` does not average to
+        zero, but falls further below it the more of an image is black or white.
         """
         log_pi, _, log_scales = self._components(context, inputs)
         level = math.log(2 / (self.shape.levels - 1))

@@ -38,8 +38,10 @@ def largest_patch(nll_map: Tensor, side: int = 4) -> Tensor:
 def excess(surprise: Surprise) -> Tensor:
     """Return sum(nll - mean) / sqrt(1 + sum(variance)), (N,) standard deviations.
 
-    Under the density it has mean zero and a variance of at most one, however complex the image:
-    the sum is a martingale's.
+    Under the density the numerator sums the steps of a martingale and has mean zero, however
+    complex the image; the denominator is drawn with it, so that mean and variance of the quotient
+    are near zero and one and no more. For a logistic mixture neither holds, for its mean is an
+    approximation that black and white pixels make too large.
 
     References:
         Detecting Out-of-Distribution Inputs to Deep Generative Models Using Typicality (Nalisnick

@@ -166,6 +166,7 @@ class Variational(Density):
         return self._losses(images, labels, noise)
 
     def _losses(self, images: Tensor, labels: Tensor | None, noise: Tensor) -> Tensor:
+        self.check_labels(labels)
         log_p = self.bounds(images, noise)
         if self.classes and labels is not None:
             log_p = log_p.gather(1, labels.unsqueeze(1))
@@ -186,8 +187,7 @@ class Variational(Density):
         """
         if latent is None:
             raise ValueError(f"drawing z needs `latent`, noise of (N, {self.latent})")
-        if self.classes and labels is None:
-            raise ValueError(f"p(x|y) of {self.classes} classes needs `labels`, (N,)")
+        self.check_labels(labels)
         context = self.generate(latent, labels)
         return self.pixel.log_probs(context, self.centred(self.quantise(images)))
 

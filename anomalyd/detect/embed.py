@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from anomalyd.detect.bundle import read_bundle
 from anomalyd.detect.golden import open_session
 from anomalyd.detect.output import Row, file_format, write_file
-from anomalyd.detect.pipeline import Slab, scored
+from anomalyd.detect.pipeline import Slab, item_name, scored
 from anomalyd.errors import BundleError, SourceError
 from anomalyd.sources import open_paths
 
@@ -30,11 +30,13 @@ class Embedded:
         features: numbers in a vector.
         images: rows written, one an input.
         unreadable: rows that have an error in place of a vector.
+        reason: the first of these errors, as `name: reason`; empty without.
     """
 
     features: int
     images: int = 0
     unreadable: int = 0
+    reason: str = ""
 
 
 def open_labelled(data: str | Path) -> Source:
@@ -90,6 +92,9 @@ def embed(
             yield from _rows(slab, done.features)
             done.images += len(slab.items)
             done.unreadable += len(slab.errors)
+            if slab.errors and not done.reason:
+                place = min(slab.errors)
+                done.reason = f"{item_name(slab.items[place])}: {slab.errors[place]}"
             progress(len(slab.items))
 
     write_file(output, kind, COLUMNS, rows(), features=done.features)

@@ -39,6 +39,9 @@ METHODS = ("auto", "loop", "jacobi", "cached")
 KEEP = {"top-quarter": 1 / 4, "top-half": 1 / 2, "top-three-quarters": 3 / 4}
 """What a completion keeps of an image -> that share of its rows."""
 
+AT_ONCE = 1 << 24
+"""Log-probabilities that one run of a graph returns, at most: 64 MB."""
+
 GRAPHS = ("sampler.onnx", "row.onnx", "step.onnx")
 NEAR = 1e-6
 
@@ -88,11 +91,14 @@ class Sampler:
         threads: int | None = None,
     ) -> None:
         if "sampler.onnx" not in files:
-            why = (
-                f"a {manifest.kind} has no density to draw from; train one, such as a vae"
-                if manifest.kind != "density"
-                else "no sampler (sampler.onnx) to draw from; `anomalyd export` adds one"
-            )
+            why = "no sampler (sampler.onnx) to draw from; `anomalyd export` adds one"
+            if manifest.kind != "density":
+                why = f"a {manifest.kind} has no density to draw from; train one, such as a vae"
+            elif "max_probability" in manifest.statistics:  # which only a classifier has
+                why = (
+                    "p(x|y) of a composed bundle cannot be drawn; sample the density that it was "
+                    "made from"
+                )
             raise BundleError(f"{where}: {why}")
         self.where, self.manifest, self.spec = where, manifest, manifest.image
 
@@ -153,37 +159,62 @@ class Sampler:
             method: one of `METHODS`; "auto" is the fastest that the bundle has.
             complete: uint8 (H, W, C) whose kept part is given and whose rest is drawn.
             keep: what is kept of it, a key of `KEEP`.
-            progress: called with the steps done and the steps there are at most.
+            progress: called with the steps done, on average over the images, and the steps
+                there are at most.
 
         Raises:
-            UsageError: n below 1, a temperature that is not positive, an unknown label, method or
-                part to keep, or one that this density cannot be given.
+            UsageError: n below 1, a seed below 0, a temperature that is not positive, an unknown
+                label, method or part to keep, or one that this density cannot be given; an image
+                to complete of another size.
             BundleError: the graph fails.
         """
         if n < 1:
             raise UsageError(f"a number of images must be at least 1, not {n}")
+        if seed < 0:
+            raise UsageError(f"a seed must be at least 0, not {seed}")
         if not 0 < temperature < math.inf:
             raise UsageError(f"a temperature must be a positive number, not {temperature}")
-        rng = np.random.default_rng(seed)
-        noise = rng.random((n, *self._shape))
-        labels = self._labels(label, n, rng)
-        latent = rng.standard_normal((n, self._latent)).astype(np.float32)
-        levels = np.zeros((n, *self._shape), np.int64)
-        open_ = np.ones(self._shape, bool)
+        open_, start = np.ones(self._shape, bool), np.zeros(self._shape, np.int64)
         if complete is not None:
             open_ = ~self.kept(keep)
-            known = complete.astype(np.int64) * self.spec.levels // 256
-            levels[:, ~open_] = known[~open_]
-        run = _Run(self, noise, open_, temperature, self._given(labels, latent), progress)
+            if complete.shape != self._shape:
+                raise UsageError(
+                    f"--complete: an image of {_size(complete.shape)} (height x width x channels) "
+                    f"cannot be completed by {self.where}, which draws {_size(self._shape)}; give "
+                    "one of that size"
+                )
+            start[~open_] = (complete.astype(np.int64) * self.spec.levels // 256)[~open_]
         chosen = self.method(method)
-        images = getattr(run, chosen)(levels)
+        # One stream of noise, read in two places: for the values, and after all those.
+        rng, after = (np.random.Generator(np.random.PCG64(seed)) for _ in range(2))
+        after.bit_generator.advance(n * start.size)  # type: ignore[attr-defined]
+        labels = self._labels(label, n, after)
+        latent = after.standard_normal((n, self._latent)).astype(np.float32)
+        images = np.empty((n, *self._shape), np.uint8)
+        size = max(1, AT_ONCE // (start.size * self.spec.levels))
+        runs = ties = 0
+        for first in range(0, n, size):
+            some = slice(first, min(n, first + size))
+            count = some.stop - first
+
+            def tell(done: int, steps: int, before: int = first, count: int = count) -> None:
+                if progress is not None:
+                    progress((before * steps + count * done) // n, steps)
+
+            noise = rng.random((count, *self._shape))
+            run = _Run(
+                self, noise, open_, temperature, self._given(labels[some], latent[some]), tell
+            )
+            levels = np.repeat(start[None], count, axis=0)
+            images[some] = self._bytes(getattr(run, chosen)(levels))
+            runs, ties = runs + run.runs, ties + int(run.ties.sum())
         names = self.manifest.classes
         return Drawn(
-            images=self._bytes(images),
+            images=images,
             labels=[names[y] for y in labels.tolist()] if names else None,
             method=chosen,
-            runs=run.runs,
-            near_ties=int(run.ties.sum()),
+            runs=runs,
+            near_ties=ties,
         )
 
     def kept(self, keep: str) -> NDArray[np.bool_]:
@@ -271,7 +302,7 @@ class _Run:
     open: NDArray[np.bool_]
     temperature: float
     given: dict[str, Any]
-    progress: Callable[[int, int], object] | None
+    progress: Callable[[int, int], object]
     runs: int = 0
 
     def __post_init__(self) -> None:
@@ -358,16 +389,23 @@ class _Run:
         """
         index = (slice(None), *where) if isinstance(where, tuple) else (slice(None), where)
         noise = self.noise[index][..., None]
-        scaled = log_p.astype(np.float64) / self.temperature
-        cumulative = np.exp(scaled - scaled.max(axis=-1, keepdims=True)).cumsum(axis=-1)
+        below = log_p.astype(np.float64)
+        # First below the likeliest level, then divided: what overflows is a probability of zero.
+        below -= below.max(axis=-1, keepdims=True)
+        with np.errstate(over="ignore"):
+            below /= self.temperature
+        cumulative = np.exp(below).cumsum(axis=-1)
         cumulative /= cumulative[..., -1:]
         self.ties[index] = (np.abs(cumulative[..., :-1] - noise) < NEAR).any(axis=-1)
         drawn: Levels = (cumulative <= noise).sum(axis=-1)
         return drawn.clip(max=log_p.shape[-1] - 1)
 
     def _tell(self, done: int) -> None:
-        if self.progress is not None:
-            self.progress(done, self.sampler.steps)
+        self.progress(done, self.sampler.steps)
+
+
+def _size(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))
 
 
 def _side(session: Any, name: str) -> int:

@@ -35,6 +35,9 @@ def save(
         progress: JSON values: step, budget, best so far.
     """
     tensors = {"random": torch.get_rng_state()}
+    if torch.cuda.is_initialized():
+        for number, random in enumerate(torch.cuda.get_rng_state_all()):
+            tensors[f"random.{number}"] = random
     for prefix, module in modules.items():
         for name, tensor in module.state_dict().items():
             tensors[f"{prefix}.{name}"] = tensor
@@ -81,6 +84,10 @@ def load(
             state.setdefault(int(index), {})[key] = tensor
         optimizer.load_state_dict({"state": state, "param_groups": packed["param_groups"]})
     torch.set_rng_state(tensors["random"])
+    # A run may go on with fewer GPUs, or with none.
+    for number in range(torch.cuda.device_count()):
+        if f"random.{number}" in tensors:
+            torch.cuda.set_rng_state(tensors[f"random.{number}"], number)
     return progress
 
 

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
+import math
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from anomalyd.config import from_table
 from anomalyd.detect import bundle as bundles
 from anomalyd.detect.bayes import check_priors
+from anomalyd.detect.conformal import DEFAULT_ALPHA, images_needed
 from anomalyd.detect.golden import check_golden
 from anomalyd.detect.runtime import Session
 from anomalyd.errors import (
@@ -19,6 +24,7 @@ from anomalyd.errors import (
     ExportError,
     ImageError,
     SourceError,
+    TrainingError,
     UsageError,
 )
 from anomalyd.images import ImageSpec, decode
@@ -36,12 +42,15 @@ from anomalyd.train.recipe import (
     read_recipe,
     recipe_of,
 )
+from anomalyd.train.settings import TrainSettings
 from anomalyd.train.splits import near_duplicates, split
 from anomalyd.train.weights import load_weights, start_from, unpack_weights
 from anomalyd.train.workers import Workers, join
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
+
+    from numpy.typing import NDArray
 
     from anomalyd.density.base import Model
     from anomalyd.sources import Source
@@ -50,6 +59,9 @@ __all__ = ["export", "train"]
 
 EASY_SIDE = 64
 """Without --image-size larger images are refused: they would train for days by accident."""
+
+GREY_IMAGES = 16
+"""The images that must be grey for a model to be: the first may be by chance."""
 
 
 def train(
@@ -87,8 +99,27 @@ def train(
     """
     if minutes is not None and epochs is not None:
         raise UsageError("--minutes and --epochs contradict each other; give one of them")
-    if priors and not labels:
-        raise UsageError("--prior: only classes have priors; add --labels")
+    if minutes is not None and not 0 < minutes < math.inf:
+        raise UsageError(f"--minutes must be a positive number, not {minutes:g}")
+    asked: dict[str, Any] = {
+        "model": model,
+        "labels": labels,
+        "image_size": image_size,
+        "channels": channels,
+        "minutes": minutes,
+        "epochs": epochs,
+        "group": group,
+        "exclude": exclude and _file("--exclude", exclude),
+        "init": init and str(init),
+        "recipe": recipe and _file("--recipe", recipe),
+        "seed": seed,
+        "on_mismatch": on_mismatch,
+        "shrink": shrink,
+        "prior": dict(priors or {}),
+        "licence": licence,
+    }
+    # A zero was asked for, a flag that is not set was not.
+    asked = {k: v for k, v in asked.items() if v is not None and v is not False and v != {}}
     workers = join()
     folder = out.with_name(f"{out.name}.run")
     if not workers.first:
@@ -98,10 +129,22 @@ def train(
         raise UsageError(f"--out {out} exists; choose another name or remove it first")
     if resume or (workers.restarted and (folder / "job.json").exists()):
         job = _Job.read(folder)
+        job.check(data, asked)
         workers.prepared()
         return _run(job, out, folder, workers, device=device or "auto")
+    if priors:
+        if not labels:
+            raise UsageError("--prior: only classes have priors; add --labels")
+        check_priors(priors, list(priors))  # their names wait for the images
     chosen = _chosen(model, recipe, init, epochs=epochs, seed=seed)
-    asked = {
+    if chosen.classifier is not None:
+        raise UsageError(
+            f"{recipe or init}: a recipe with [classifier] is of two bundles, joined and not "
+            "trained; join them with `anomalyd compose CLASSIFIER DENSITY`"
+        )
+    if init is not None:
+        recipe_of(init)  # that it is a bundle is told before images are read
+    size = {
         "height": image_size,
         "width": image_size,
         "channels": channels,
@@ -109,19 +152,28 @@ def train(
         "shrink": shrink,
     }
     source = open_source(data, split="train", labels=labels, group=group)
-    spec = _image_spec(source, chosen.image | {k: v for k, v in asked.items() if v is not None})
+    spec = _image_spec(source, chosen.image | {k: v for k, v in size.items() if v is not None})
     chosen = dataclasses.replace(chosen, image=dataclasses.asdict(spec))
     # A wrong option is told before images are read; two classes stand for those to be found.
     _check_tiles(assemble(chosen, spec, 2 if labels else 0), spec)
     start = str(init) if init else None
-    job = _Job(data, chosen.to_toml(), labels, minutes, start, licence, group, dict(priors or {}))
+    job = _Job(
+        data, chosen.to_toml(), labels, minutes, start, licence, group, dict(priors or {}), asked
+    )
     claim(folder)
     with counting("decoding", len(source)) as advance:
         gather(source, spec, folder, exclude=excluded(exclude), advance=advance)
     (folder / "checkpoint.safetensors").unlink(missing_ok=True)
     job.write(folder)
     workers.prepared()
-    return _run(job, out, folder, workers, device=device or "auto")
+    try:
+        return _run(job, out, folder, workers, device=device or "auto")
+    except Exception:
+        # Before the first checkpoint there is nothing to go on with, and the command, corrected,
+        # starts anew. torchrun starts the same again.
+        if not (workers.launched or (folder / "checkpoint.safetensors").exists()):
+            (folder / "job.json").unlink(missing_ok=True)
+        raise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,6 +188,8 @@ class _Job:
     licence: str | None = None
     group: str | None = None
     priors: dict[str, float] = dataclasses.field(default_factory=dict)
+    asked: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """The options as given; those of a run that an earlier version began are not known."""
 
     def write(self, folder: Path) -> None:
         # Written last: a run folder without it holds no complete set of images.
@@ -157,6 +211,30 @@ class _Job:
                 "again"
             ) from error
 
+    def check(self, data: str, asked: dict[str, Any]) -> None:
+        """Refuse what a resumed run would not heed: other images, other options."""
+        if data != self.data:
+            raise UsageError(
+                f"--resume: the interrupted run trains on {self.data}, not {data}; give that, or "
+                "another --out"
+            )
+        for name, value in asked.items():
+            before = self.asked.get(name)
+            if self.asked and value != before:
+                began = "without" if before is None else f"with {before}"
+                raise UsageError(
+                    f"--resume: --{name.replace('_', '-')} {value} comes too late, the run was "
+                    f"started {began}; leave it out, or train anew with another --out"
+                )
+
+
+def _file(option: str, path: Path) -> str:
+    """Return the name of a file and what tells its content from another."""
+    try:
+        return f"{path} (SHA-256 {hashlib.sha256(path.read_bytes()).hexdigest()[:12]})"
+    except OSError as error:
+        raise UsageError(f"{option} {path} cannot be read: {error.strerror}") from error
+
 
 def _chosen(
     model: str | None,
@@ -177,18 +255,24 @@ def _chosen(
         raise UsageError("say what to train: --model NAME, --recipe FILE or --init BUNDLE")
     if model not in (None, recipe.model):
         raise UsageError(f"--model {model} contradicts the recipe, which is for {recipe.model}")
-    settings = recipe.train
-    if epochs is not None:
-        settings = dataclasses.replace(settings, epochs=epochs)
-    if seed is not None:
-        settings = dataclasses.replace(settings, seed=seed)
-    return dataclasses.replace(recipe, train=settings)
+    given: dict[str, Any] = {"epochs": epochs, "seed": seed}
+    given = {name: value for name, value in given.items() if value is not None}
+    from_table(TrainSettings, given, "command line")  # refuses what a recipe could not say
+    return dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, **given))
 
 
 def _image_spec(source: Source, asked: dict[str, object]) -> ImageSpec:
-    """Complete what was asked for with the size and the channels of the first readable image."""
+    """Complete what was asked for with the size of the first readable image, and with channels.
+
+    Grey is what the first `GREY_IMAGES` readable images are, all of them.
+    """
     if not {"height", "width", "channels"} <= asked.keys():
-        height, width, channels = _first_shape(source)
+        readable = _readable(source)
+        first = next(readable)
+        height, width, channels = first.shape
+        if "channels" not in asked:
+            grey = _is_grey(first) and all(map(_is_grey, islice(readable, GREY_IMAGES - 1)))
+            channels = 1 if grey else 3
         if "height" not in asked and max(height, width) > EASY_SIDE:
             raise UsageError(
                 f"{source.name}: its images are {height}x{width}; give --image-size (a side of 32 "
@@ -211,9 +295,9 @@ def _check_tiles(model: Model, spec: ImageSpec) -> None:
             )
 
 
-def _first_shape(source: Source) -> tuple[int, int, int]:
-    """Height, width and channels of the first image that can be read."""
-    first = ""
+def _readable(source: Source) -> Iterator[NDArray[np.uint8]]:
+    """Yield the images that can be read, (H, W, C) at their own sizes; there must be one."""
+    first, found = "", False
     for item in source:
         try:
             if item.error is not None:
@@ -227,9 +311,14 @@ def _first_shape(source: Source) -> tuple[int, int, int]:
         except (ImageError, OSError) as error:
             first = first or f"{item.source}: {error}"
             continue
-        grey = pixels.shape[2] == 1 or bool((pixels == pixels[..., :1]).all())
-        return (*pixels.shape[:2], 1 if grey else 3)
-    raise SourceError(f"{source.name}: no image can be read{'; ' if first else ''}{first}")
+        found = True
+        yield pixels
+    if not found:
+        raise SourceError(f"{source.name}: no image can be read{'; ' if first else ''}{first}")
+
+
+def _is_grey(pixels: NDArray[np.uint8]) -> bool:
+    return bool((pixels == pixels[..., :1]).all())
 
 
 def _run(job: _Job, out: Path, folder: Path, workers: Workers, *, device: str) -> int:
@@ -255,6 +344,8 @@ def _run(job: _Job, out: Path, folder: Path, workers: Workers, *, device: str) -
         if job.priors:
             priors = list(check_priors(job.priors, classes))
     model = assemble(recipe, spec, len(classes), priors)
+    if labels is not None and model.kind == "density":
+        _check_classes(labels[splits.calibration], classes)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     say(
         f"{recipe.model}: {parameters:,} parameters, "
@@ -286,7 +377,7 @@ def _run(job: _Job, out: Path, folder: Path, workers: Workers, *, device: str) -
     workers.leave()
     if not workers.first:
         return 0
-    epochs = round(outcome.budget / outcome.steps_per_epoch, 3)
+    epochs = round(outcome.budget / outcome.steps_per_epoch, 6)
     if job.init and not outcome.budget:  # made anew: its weights were trained as they were
         epochs = recipe_of(Path(job.init)).train.epochs
     recipe = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, epochs=epochs))
@@ -304,6 +395,19 @@ def _run(job: _Job, out: Path, folder: Path, workers: Workers, *, device: str) -
         say(f"not used: {unreadable}")
     # torchrun takes any code but 0 for a death, and would start over.
     return 3 if images.unreadable and not workers.launched else 0
+
+
+def _check_classes(labels: NDArray[np.int64], classes: list[str]) -> None:
+    """Refuse classes that could not be calibrated, before they are trained."""
+    counts = np.bincount(labels, minlength=len(classes)).tolist()
+    without = [name for name, count in zip(classes, counts, strict=True) if not count]
+    if without:
+        raise TrainingError(
+            f"--labels: the calibration split has no image of {', '.join(without[:5])}"
+            f"{', ...' if len(without) > 5 else ''}, and each of the {len(classes)} classes needs "
+            f"one, {images_needed(DEFAULT_ALPHA)} for an alpha of {DEFAULT_ALPHA:g}; add images "
+            "of them, or leave them out with --exclude"
+        )
 
 
 def _start_from(model: Model, recipe: Recipe, init: Path) -> None:

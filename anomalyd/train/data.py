@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 __all__ = [
     "Photographs",
     "TrainingData",
+    "claim",
+    "classes_of",
     "crops",
     "dithered",
     "excluded",
@@ -123,10 +125,12 @@ def dithered(pixels: NDArray[np.uint8], levels: int, seed: Sequence[int]) -> NDA
     Returns:
         uint8 likewise, each value one that quantises to the level drawn.
     """
-    place = pixels * np.float32((levels - 1) / 255)
-    level = np.floor(place + np.random.default_rng(seed).random(pixels.shape, dtype=np.float32))
+    # In whole numbers: in float32 white, plus a number just below one, is a level too many.
+    below, above = np.divmod(pixels.astype(np.int32) * (levels - 1), 255)
+    drawn = np.random.default_rng(seed).random(pixels.shape, dtype=np.float32) * 255
+    level = below + (drawn < above)
     # The least byte whose level it is: floor(byte L / 256) is the level again.
-    return np.ceil(level * np.float32(256 / levels)).astype(np.uint8)
+    return (-(-level * 256 // levels)).astype(np.uint8)
 
 
 def per_tile(
@@ -340,7 +344,10 @@ def classes_of(images: TrainingData) -> tuple[list[str], NDArray[np.int64]]:
         )
     found = {str(label) for label in images.labels}
     # Numbers in the order of numbers, then words.
-    names = sorted(found, key=lambda name: (name.isdigit() and int(name), name))
+    names = sorted(
+        found,
+        key=lambda name: (not name.isdecimal(), int(name) if name.isdecimal() else 0, name),
+    )
     if len(names) < 2:
         raise TrainingError(f"--labels: there is one class only, {names[0]!r}; train without it")
     index = {name: place for place, name in enumerate(names)}

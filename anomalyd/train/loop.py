@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import math
 import os
 import platform
 import shutil
+import signal
+import threading
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, cast
@@ -23,7 +26,7 @@ from anomalyd.train.muon import Muon
 from anomalyd.train.workers import ALONE, Workers
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -123,13 +126,16 @@ def fit(
     if resume:
         run.restore()
     else:
+        if workers.first:
+            run.history.unlink(missing_ok=True)
         run.budget = run.steps_for(minutes)
     workers.seed(settings.seed, run.step)
     try:
         if not run.budget:  # no training: the weights it starts with, a bundle made anew
             run.validate()
         while run.step < run.budget and not run.stopped:
-            loss = run.train_step()
+            with _whole():
+                loss = run.train_step()
             if progress is not None:
                 progress(
                     step=run.step,
@@ -157,6 +163,33 @@ def fit(
         stopped_early=run.stopped,
         machine=", then ".join(run.machines),
     )
+
+
+@contextlib.contextmanager
+def _whole() -> Iterator[None]:
+    """Hold Ctrl-C back until a step is whole, for a checkpoint of half a step resumes wrongly.
+
+    A second Ctrl-C does not wait.
+    """
+    usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    # Only the main thread gets signals, and whoever ignores them or listens elsewhere goes on so.
+    if not usual or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    held = False
+
+    def hold(number: int, frame: object) -> None:
+        nonlocal held
+        held = True
+        signal.signal(signal.SIGINT, before)
+
+    before = signal.signal(signal.SIGINT, hold)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if held:
+        raise KeyboardInterrupt
 
 
 class _Stopwatch:
@@ -230,19 +263,18 @@ class _Run:
             return max(1, steps) if self.settings.epochs else 0
         # Timed on copies of weights and moments: the run itself starts from its seed.
         state = {name: value.clone() for name, value in self.model.state_dict().items()}
-        random = torch.get_rng_state()
         self.budget = 1_000_000
         began, steps = time.monotonic(), 0
-        while self.workers.told(
-            steps < 3 or (time.monotonic() - began < min(10.0, minutes * 6) and steps < 200)
-        ):
-            self.train_step()
-            steps += 1
-            if steps == 2:  # the first steps allocate and choose kernels
-                began, warm = time.monotonic(), steps
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            while self.workers.told(
+                steps < 3 or (time.monotonic() - began < min(10.0, minutes * 6) and steps < 200)
+            ):
+                self.train_step()
+                steps += 1
+                if steps == 2:  # the first steps allocate and choose kernels
+                    began, warm = time.monotonic(), steps
         seconds = (time.monotonic() - began) / (steps - warm)
         self.model.load_state_dict(state)
-        torch.set_rng_state(random)
         for optimizer in self.optimizers:
             optimizer.state.clear()
         self.average = _averaged(self.model, self.settings.ema)
@@ -399,7 +431,11 @@ def _schedule(step: int, budget: int, warmup: int) -> float:
 
 
 def _optimizers(model: Model, settings: TrainSettings) -> list[torch.optim.Optimizer]:
-    """Kernels by `settings.optimizer`; what embeds or reads out, and vectors, always by AdamW."""
+    """Kernels by `settings.optimizer`; those under the model's `edges`, and vectors, by AdamW.
+
+    Whatever has two dimensions or more counts as a kernel: vectors of classes, too, and first
+    layers that `edges` does not name.
+    """
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     kernels = [p for name, p in parameters.items() if p.ndim >= 2 and not model.is_edge(name)]
     chosen = {id(p) for p in kernels}

@@ -36,6 +36,9 @@ MODELS = {
     "classifier": "anomalyd.density.classifier:Classifier",
 }
 
+FROM_ZERO = ("blocks", "label_blocks", "layers", "shift")
+"""Options of which a model may have none; all other whole numbers are at least 1."""
+
 
 def assemble(
     recipe: Recipe, spec: ImageSpec, classes: int = 0, priors: Sequence[float] | None = None
@@ -119,6 +122,7 @@ def build(name: str, spec: ImageSpec, options: Mapping[str, Any], classes: int =
     known = [p.name for p in signature.values() if p.kind is p.KEYWORD_ONLY]
     for key in options:
         check_key(key, known, f"recipe of {name} [density]")
+        _check_option(key, signature[key].annotation, options[key], name)
     shape = ImageShape(spec.height, spec.width, spec.channels, spec.levels)
     takes_classes = "classes" in signature
     if classes and not takes_classes:
@@ -127,5 +131,31 @@ def build(name: str, spec: ImageSpec, options: Mapping[str, Any], classes: int =
         )
     try:
         return model(shape, **({"classes": classes} if takes_classes else {}), **options)
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"{name}: {error}") from error
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+        # A RuntimeError is torch's, such as weights that do not fit into memory.
+        raise UsageError(f"{name}: {' '.join(str(error).split())[:200]}") from error
+
+
+def _check_option(key: str, kind: str, value: Any, model: str) -> None:
+    """Refuse a value that the option's annotation in the class does not allow."""
+    low = 0 if key in FROM_ZERO else 1
+
+    def whole(number: Any) -> bool:
+        return isinstance(number, int) and not isinstance(number, bool) and number >= low
+
+    must, fits = {
+        "int": (f"a whole number of at least {low}", whole(value)),
+        "tuple[int, ...]": (
+            f"a list of whole numbers of at least {low}",
+            isinstance(value, list | tuple) and bool(value) and all(map(whole, value)),
+        ),
+        # The only fractions are shares that are dropped. Written so that NaN is refused.
+        "float": (
+            "a number from 0 to less than 1",
+            isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1,
+        ),
+        "bool": ("true or false", isinstance(value, bool)),
+        "str": ("text", isinstance(value, str)),
+    }[kind]
+    if not fits:
+        raise UsageError(f"recipe of {model} [density]: {key} must be {must}, not {value!r}")

@@ -16,7 +16,9 @@ class TrainSettings:
     frozen: tuple[str, ...] = setting(
         (), help="parts that keep the weights they start with, such as main or main.labeller"
     )
-    epochs: float = setting(10.0, help="passes over the training split; 0 trains nothing", low=0.0)
+    epochs: float = setting(
+        10.0, help="passes over the training split; 0 trains nothing", low=0.0, high=1e6
+    )
     batch_size: int = setting(16, help="images a step", low=1)
     optimizer: str = setting(
         "muon", help="rule for the convolution kernels", choices=("muon", "adamw")
@@ -40,4 +42,4 @@ class TrainSettings:
     evaluations: int = setting(20, help="validations over the whole run", low=1)
     patience: int = setting(10, help="validations without progress before an early stop", low=1)
     checkpoint_seconds: float = setting(30.0, help="seconds between checkpoints, at most", low=0.0)
-    seed: int = setting(0, help="seed of weights, splits and data order", low=0)
+    seed: int = setting(0, help="seed of weights, splits and data order", low=0, high=2**63 - 1)

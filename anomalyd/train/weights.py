@@ -63,19 +63,21 @@ def start_from(model: Model, weights: dict[str, Tensor], prefix: str = "") -> li
         the names in `model` of what was taken, such as `encoder.convs.0.weight`.
 
     Raises:
-        TrainingError: nothing fits.
+        TrainingError: no kernel fits.
     """
     own, taken = model.state_dict(), {}
     if prefix and any(prefix in name for name in own):
         weights = {prefix + name: value for name, value in weights.items()}
     for name, value in weights.items():
-        for alias in (name, f"main.{name}", name.removeprefix("main."), name.removeprefix("vae.")):
+        bare = name.removeprefix("vae.")
+        for alias in (name, f"main.{name}", name.removeprefix("main."), bare, f"main.{bare}"):
             if alias not in taken and alias in own and own[alias].shape == value.shape:
                 taken[alias] = value
                 break
-    if not taken:
+    # A vector or a bank of noise fits many a model, and is no start.
+    if not any(taken[name].ndim >= 2 for name, _ in model.named_parameters() if name in taken):
         raise TrainingError(
-            f"--init: no weight of that bundle fits this {type(model).__name__}; start from a "
+            f"--init: no kernel of that bundle fits this {type(model).__name__}; start from a "
             "model with the same encoder"
         )
     model.load_state_dict(taken, strict=False)

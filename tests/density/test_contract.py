@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ from anomalyd.density.pixelcnn import PixelCNN
 from anomalyd.density.pixelcnnpp import PixelCNNPP
 from anomalyd.density.pixelrnn import DiagonalBiLSTM, RowLSTM
 from anomalyd.density.vae import VAE
+from anomalyd.detect.runtime import Session
+from anomalyd.train.export import to_onnx
 
 GREY, RGB = ImageShape(6, 5, 1), ImageShape(6, 5, 3)
 PIXELS = ("categorical", "hierarchical", "logistic-mixture")
@@ -257,6 +260,43 @@ def test_density_sums_to_one_over_all_colours(pixel):
     assert total.item() == pytest.approx(1, abs=1e-5)
 
 
+@pytest.mark.parametrize("pixel", [*PIXELS, "bernoulli"])
+def test_density_of_each_class_sums_to_one(pixel):
+    """p(x|y) adds up to one over all 512 binary 3x3 images, for each of three unlike classes."""
+    density = pixelcnn(ImageShape(3, 3, 1, levels=2), classes=3, pixel=pixel)
+    every = torch.tensor(list(itertools.product([0, 255], repeat=9)), dtype=torch.uint8)
+    with torch.no_grad():
+        for parameter in density.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+        p = density.log_prob(every.reshape(-1, 3, 3, 1)).double().exp()
+
+    torch.testing.assert_close(p.sum(dim=0), torch.ones(3).double(), rtol=0, atol=1e-5)
+    assert (p[:, :1] / p[:, 1:]).log().abs().mean() > 0.1
+
+
+@pytest.mark.parametrize("spread", [1.0, 30.0])
+@pytest.mark.parametrize("pixel", PIXELS)
+def test_pixel_likelihood_sums_to_one_over_256_levels_of_three_channels(pixel, spread):
+    """Over all blues p(r, g, b) is p(r) p(g|r), each of which sums to one over 256 levels."""
+    density = pixelcnn(ImageShape(1, 1, 3), pixel=pixel)
+    ends = torch.tensor([0, 1, 100, 254, 255])
+    red, green = torch.cartesian_prod(ends, ends).T
+    blue = torch.arange(256)
+    with torch.no_grad():
+        for parameter in density.pixel.parameters():
+            parameter.mul_(spread)
+        pairs = torch.stack([red, green], dim=1).repeat_interleave(256, dim=0)
+        every = torch.cat([pairs, blue.repeat(25).unsqueeze(1)], dim=1).to(torch.uint8)
+        total = density.log_prob(every.reshape(-1, 1, 1, 3)).double().exp().reshape(25, 256).sum(1)
+        table = density.log_probs(every[::256].reshape(-1, 1, 1, 3))[:, 0, 0].double().exp()
+
+    torch.testing.assert_close(table.sum(dim=2), torch.ones(25, 3).double(), rtol=0, atol=1e-4)
+    place = torch.arange(25)
+    torch.testing.assert_close(
+        total, table[place, 0, red] * table[place, 1, green], rtol=1e-3, atol=1e-12
+    )
+
+
 @pytest.mark.parametrize("spread", [1e-3, 1.0, 30.0])
 @pytest.mark.parametrize("pixel", PIXELS)
 def test_pixel_likelihood_sums_to_one_over_256_levels(pixel, spread):
@@ -269,6 +309,36 @@ def test_pixel_likelihood_sums_to_one_over_256_levels(pixel, spread):
         total = density.log_prob(every).double().exp().sum()
 
     assert total.item() == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.parametrize("make", [pixelcnn, pixelcnnpp, vae, ccvae, companions])
+def test_a_class_cannot_be_left_out(make):
+    """Without labels there is no p(x|y) to learn or to draw from: a ValueError, not nonsense."""
+    density = make(GREY, classes=3)
+    x = images(GREY)
+    latent = torch.zeros(4, density.latent) if density.latent else None
+
+    for call in (density.losses, density.loss, lambda x: density.log_probs(x, latent=latent)):
+        with pytest.raises(ValueError, match="3 classes needs `labels`"):
+            call(x)
+
+
+def test_exported_classes_are_those_of_a_call_each():
+    """Column k of the graph's log-likelihoods is what the class k alone gives."""
+    density = pixelcnn(GREY, classes=3).eval()
+    with torch.no_grad():
+        for parameter in density.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    session = Session(to_onnx(density), device="cpu", threads=1)
+    x = images(GREY)
+    found = session.run(x.numpy()).log_likelihood
+    for label in range(3):
+        with torch.no_grad():
+            maps = density.nll_maps(x, torch.full((4, 1), label))
+
+        expected = -maps.double().sum(dim=(1, 2, 3)).numpy()
+        np.testing.assert_allclose(found[:, label], expected, rtol=1e-5)
+    assert (found.std(axis=1) > 0.1).all()
 
 
 def test_log_likelihood_survives_extreme_weights():

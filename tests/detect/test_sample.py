@@ -10,8 +10,11 @@ import torch
 from scipy.stats import chisquare
 from tiny import tiny_bundle, tiny_manifest
 
-from anomalyd.density.base import ImageShape
+from anomalyd.density.base import Density, ImageShape
 from anomalyd.density.gated_pixelcnn import GatedPixelCNN
+from anomalyd.density.multiscale import Multiscale
+from anomalyd.density.pixelcnnpp import PixelCNNPP
+from anomalyd.detect import sample
 from anomalyd.detect.sample import Sampler, grid
 from anomalyd.errors import BundleError, UsageError
 from anomalyd.images import ImageSpec
@@ -31,7 +34,7 @@ def density(shape: ImageShape, classes: int) -> GatedPixelCNN:
     return made.eval()
 
 
-def sampler(made: GatedPixelCNN, classes: list[str] | None) -> Sampler:
+def sampler(made: Density, classes: list[str] | None) -> Sampler:
     shape = made.shape
     files = {"sampler.onnx": to_sampler(made), **to_steps(made)}
     manifest = tiny_manifest(
@@ -93,6 +96,53 @@ def test_three_methods_draw_the_same_images(which, temperature, request):
     assert cached.runs == 0
 
 
+@pytest.mark.parametrize(
+    "made",
+    [
+        PixelCNNPP(ImageShape(4, 3, 1, levels=8), features=(4, 6), blocks=(1, 0), components=2),
+        Multiscale(ImageShape(5, 3, 3, levels=8), features=4, layers=1, pixel="hierarchical"),
+    ],
+    ids=["pixelcnn++", "multiscale"],
+)
+def test_fixed_point_is_the_image_of_the_loop_in_any_order(made):
+    """Halved resolutions, or groups drawn at once: the graph keeps the order that it states."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    drawing = sampler(made.eval(), None)
+    loop, jacobi = (drawing.draw(16, method=method, seed=2) for method in ("loop", "jacobi"))
+
+    assert np.array_equal(loop.images, jacobi.images)
+    assert loop.runs == drawing.steps
+    assert jacobi.runs <= drawing.steps + 1
+    assert len(np.unique(loop.images, axis=0)) == 16
+
+
+@pytest.mark.parametrize("method", ["loop", "jacobi", "cached"])
+def test_many_images_are_drawn_some_at_a_time(square, method, monkeypatch):
+    """The same images and classes as at once, in memory for a few; progress tells of them all."""
+    told = []
+    whole = square.draw(10, seed=7, method=method)
+    monkeypatch.setattr(sample, "AT_ONCE", 4 * 16)
+    parts = square.draw(10, seed=7, method=method, progress=lambda *done: told.append(done))
+
+    assert np.array_equal(parts.images, whole.images)
+    assert parts.labels == whole.labels
+    assert parts.near_ties == whole.near_ties
+    assert told == sorted(told)
+    assert told[-1] == (square.steps, square.steps)
+
+
+def test_the_noise_of_a_seed_is_one_stream(square):
+    """First that of all values, then that of the classes: samples of old seeds stay."""
+    rng = np.random.default_rng(11)
+    rng.random((40, 2, 2, 1))
+    expected = rng.choice(2, 40, p=[0.5, 0.5])
+
+    assert square.draw(40, seed=11).labels == [("cat", "dog")[y] for y in expected]
+
+
 def test_one_seed_gives_one_set_of_images(square):
     """The seed decides the noise and nothing else does."""
     first, again, other = (square.draw(64, seed=seed).images for seed in (1, 1, 2))
@@ -105,6 +155,7 @@ def test_low_temperature_draws_the_most_probable_value(colour):
     """As T goes to 0 every value is its mode, so the noise no longer matters."""
     first, other = (colour.draw(4, seed=seed, temperature=1e-4).images for seed in (1, 2))
 
+    assert np.array_equal(first, colour.draw(4, temperature=5e-324).images)
     assert np.array_equal(first[0], first[1])
     assert np.array_equal(first, other)
 
@@ -136,6 +187,8 @@ def test_classes_without_a_label_come_from_the_priors(square):
         ({"temperature": 0.0}, "positive"),
         ({"method": "magic"}, "loop, jacobi, cached"),
         ({"complete": np.zeros((2, 2, 1), np.uint8), "keep": "left"}, "top-half"),
+        ({"complete": np.zeros((3, 2, 1), np.uint8)}, "3x2x1 .* draws 2x2x1"),
+        ({"seed": -1}, "seed must be at least 0, not -1"),
     ],
 )
 def test_impossible_wishes_are_refused_in_one_line(square, options, words):

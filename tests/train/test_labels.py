@@ -111,7 +111,7 @@ def test_a_density_with_a_labeller_keeps_the_classifier_it_starts_from(labelled,
     assert f"--init {parts[0]}" in read_bundle(labelled).read("CARD.md").decode()
 
 
-def test_composition_keeps_the_density_and_the_classifier(composed, parts, images):
+def test_composition_keeps_the_density_and_the_classifier(composed, parts, images, capsys):
     """p(x) is the density's and the posterior, at temperature 1, the classifier's."""
     joined = Detector.load(composed, threads=1)
     density = Detector.load(parts[1], threads=1)
@@ -123,7 +123,11 @@ def test_composition_keeps_the_density_and_the_classifier(composed, parts, image
     assert manifest.priors == read_bundle(parts[0]).manifest.priors
     assert "accuracy is the classifier's" in " ".join(card.split())
     assert f"anomalyd compose {parts[0]} {parts[1]}" in card
+    capsys.readouterr()
     assert main(["sample", str(composed)]) == 1
+    said = capsys.readouterr().err
+    assert "cannot be drawn; sample the density that it was made from" in said
+    assert said.count("\n") == 1
 
 
 def test_a_composed_bundle_exports_again(composed):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
+import math
 import signal
 import subprocess
 import sys
@@ -13,23 +16,27 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
+from anomalyd.density.companions import Companions
 from anomalyd.detect.bundle import read_bundle
 from anomalyd.detect.detector import Detector
 from anomalyd.detect.runtime import Session
-from anomalyd.errors import ExportError, TrainingError, UsageError
+from anomalyd.errors import BundleError, ExportError, TrainingError, UsageError
+from anomalyd.images import ImageSpec
 from anomalyd.sources import open_source
 from anomalyd.train import checkpoint
 from anomalyd.train.card import history_of
-from anomalyd.train.commands import export, train
-from anomalyd.train.data import dithered
+from anomalyd.train.commands import _image_spec, export, train
+from anomalyd.train.data import TrainingData, classes_of, dithered
 from anomalyd.train.export import check_parity, to_onnx
 from anomalyd.train.loop import fit
-from anomalyd.train.models import build
+from anomalyd.train.models import MODELS, build
 from anomalyd.train.muon import Muon, orthogonalised
 from anomalyd.train.recipe import Recipe, default_recipe, parse_recipe
 from anomalyd.train.settings import TrainSettings
 from anomalyd.train.splits import split
+from anomalyd.train.weights import start_from
 
 RECIPE = """
 model = "{model}"
@@ -234,26 +241,40 @@ def test_killed_training_resumes_to_the_same_weights(bundle, fixture_data, recip
 def test_interrupt_writes_a_checkpoint_and_says_how_to_go_on(
     fixture_data, tmp_path, monkeypatch, capsys
 ):
-    """Ctrl-C in the middle of training leaves a run that --resume finishes."""
+    """Ctrl-C in the middle of a step leaves a run of whole steps that --resume finishes."""
     from anomalyd.train import loop
 
     step = loop._Run.train_step
 
     def interrupted(run: loop._Run) -> float:
         if run.step == 3:
-            raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGINT)
         return step(run)
 
     monkeypatch.setattr(loop._Run, "train_step", interrupted)
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(RECIPE.format(model="autoencoder", density="features = 4\nlatent = 4"))
     data = str(fixture_data / "fashion-mnist")
+    given = {"data": data, "model": None, "out": tmp_path / "x", "recipe": recipe}
+    (tmp_path / "x.run").mkdir()
+    (tmp_path / "x.run" / "history.csv").write_text("of an earlier run\n")
     with pytest.raises(KeyboardInterrupt):
-        train(data=data, model=None, out=tmp_path / "x", recipe=recipe)
+        train(**given, seed=0)
     monkeypatch.undo()
+    progress = checkpoint.load(tmp_path / "x.run" / "checkpoint.safetensors", {}, [])
 
+    assert progress["step"] == 4
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert "--resume" in capsys.readouterr().err
-    assert train(data=data, model=None, out=tmp_path / "x", resume=True) == 0
+    for other, words in (
+        ({"seed": 3}, "--seed 3 comes too late, the run was started with 0"),
+        ({"image_size": 14}, "--image-size 14 comes too late, the run was started without"),
+        ({"data": str(fixture_data / "mnist")}, f"trains on {data}, not"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            train(**(given | other), resume=True)
+    assert train(**given, seed=0, resume=True) == 0
+    assert "earlier" not in (tmp_path / "x.run" / "history.csv").read_text()
 
 
 def test_minutes_become_steps_that_a_resumed_run_keeps(fixture_data, tmp_path):
@@ -262,8 +283,6 @@ def test_minutes_become_steps_that_a_resumed_run_keeps(fixture_data, tmp_path):
     pixels = images.reshape(-1, 28, 28, 1)
     splits = split(np.arange(len(pixels), dtype=np.uint64), [None] * len(pixels))
     recipe = parse_recipe(RECIPE.format(model="vae", density=SMALL["vae"]), "r")
-    from anomalyd.images import ImageSpec
-
     model = build("vae", ImageSpec(28, 28, 1), recipe.density)
     settings = TrainSettings(batch_size=32, evaluations=2)
     outcome = fit(
@@ -293,11 +312,23 @@ def test_dithering_draws_one_of_the_two_nearest_levels(levels, seed):
         assert np.array_equal(drawn, pixels)
 
 
+@pytest.mark.parametrize("levels", [2, 3, 255])
+def test_dithering_keeps_black_and_white_whatever_is_drawn(levels, monkeypatch):
+    """The largest number below one, which float32 rounds up beside a level, adds none to white."""
+
+    class Highest:
+        def random(self, shape, dtype):
+            return np.full(shape, np.nextafter(np.float32(1), np.float32(0)), dtype)
+
+    monkeypatch.setattr(np.random, "default_rng", lambda _: Highest())
+    ends = np.array([0, 255], np.uint8)
+
+    assert (dithered(ends, levels, [0]).astype(int) * levels // 256).tolist() == [0, levels - 1]
+
+
 @pytest.mark.parametrize(("dither", "odds"), [(False, 0.0), (True, 0.25)])
 def test_dithered_training_learns_how_near_a_value_is_to_each_level(dither, odds, tmp_path):
     """A grey below the threshold is white a quarter of the time, and without dithering never."""
-    from anomalyd.images import ImageSpec
-
     pixels = np.full((2_000, 4, 4, 1), 64, np.uint8)
     splits = split(np.arange(2_000, dtype=np.uint64), [None] * 2_000)
     recipe = {"features": 8, "blocks": 0, "kernel": 3, "pixel": "bernoulli"}
@@ -322,11 +353,21 @@ def test_wrong_graph_is_not_exported(bundle):
         check_parity(other, content.model, content.golden.images)
 
 
+def test_scores_that_are_no_numbers_are_not_exported(bundle):
+    """A NaN is no small difference."""
+    content = read_bundle(bundle)
+    recipe = parse_recipe(content.read("recipe.toml").decode(), "recipe.toml")
+    broken = build("vae", content.manifest.image, recipe.density)
+    with torch.no_grad():
+        next(broken.pixel.parameters()).fill_(torch.nan)
+
+    with pytest.raises(ExportError, match="by nan bits/dim"):
+        check_parity(broken, content.model, content.golden.images)
+
+
 @pytest.mark.parametrize("model", SMALL)
 def test_graph_equals_torch_on_grey_and_colour(model):
     """onnxruntime gives what torch gives, for any number of images, and keeps causality."""
-    from anomalyd.images import ImageSpec
-
     options = parse_recipe(RECIPE.format(model=model, density=SMALL[model]), "r").density
     density = build(model, ImageSpec(9, 8, 3), options)
     images = np.random.default_rng(0).integers(0, 256, (5, 9, 8, 3), dtype=np.uint8)
@@ -377,6 +418,15 @@ def test_muon_minimises():
         ({"resume": True}, "no interrupted run"),
         ({"recipe": Path("absent.toml")}, "cannot be read"),
         ({"image_size": 3}, "4x4"),
+        ({"epochs": -2.0}, "epochs must be at least 0, not -2"),
+        ({"epochs": math.nan}, "epochs must be at least 0, not nan"),
+        ({"epochs": math.inf}, "epochs must be at most"),
+        ({"seed": -1}, "seed must be at least 0, not -1"),
+        ({"minutes": 0.0}, "--minutes must be a positive number, not 0"),
+        ({"minutes": math.nan}, "--minutes must be a positive number, not nan"),
+        ({"minutes": math.inf}, "--minutes must be a positive number, not inf"),
+        ({"labels": True, "priors": {"0": 2.0, "1": 0.5}}, "between 0 and 1"),
+        ({"labels": True, "priors": {"0": 0.2, "1": 0.5}}, "sum to 1"),
     ],
 )
 def test_wrong_arguments_end_in_one_line(arguments, words, fixture_data, tmp_path):
@@ -387,6 +437,124 @@ def test_wrong_arguments_end_in_one_line(arguments, words, fixture_data, tmp_pat
 
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "x").exists()
+    assert not (tmp_path / "x.run").exists()
+
+
+def test_a_start_that_is_no_bundle_is_told_before_images_are_read(fixture_data, tmp_path):
+    """--init nowhere leaves nothing behind that would stand in the way of the right one."""
+    data, out = str(fixture_data / "mnist"), tmp_path / "x"
+    with pytest.raises(BundleError, match="nowhere"):
+        train(data=data, model="vae", out=out, init=tmp_path / "nowhere")
+
+    assert not out.with_name("x.run").exists()
+
+
+def test_a_run_that_fails_before_its_first_checkpoint_may_be_started_again(tmp_path):
+    """One image cannot be split; the same command with more of them is not told to resume."""
+    data, options = tmp_path / "data", {"model": "vae", "out": tmp_path / "x"}
+    data.mkdir()
+    Image.new("L", (8, 8)).save(data / "0.png")
+    for _ in range(2):
+        with pytest.raises(TrainingError, match="at least 8 independent images"):
+            train(data=str(data), **options)
+    with pytest.raises(UsageError, match="no interrupted run"):
+        train(data=str(data), resume=True, **options)
+
+
+def test_a_class_that_cannot_be_calibrated_is_told_before_it_trains(tmp_path):
+    """Of a class of one image none is held out: that is said before anything is trained."""
+    rng = np.random.default_rng(0)
+    for label, count in (("common", 40), ("rare", 1)):
+        (tmp_path / "data" / label).mkdir(parents=True)
+        for number in range(count):
+            pixels = rng.integers(0, 256, (8, 8), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "data" / label / f"{number}.png")
+    with pytest.raises(TrainingError, match="calibration split has no image of rare"):
+        train(data=str(tmp_path / "data"), model="vae", out=tmp_path / "x", labels=True, seed=1)
+
+    assert not (tmp_path / "x.run" / "history.csv").exists()
+
+
+def test_one_grey_image_among_coloured_ones_does_not_decide(tmp_path):
+    """The first image is black, the second is red: the model sees colours."""
+    for name, colour in (("0.png", "black"), ("1.png", "red")):
+        Image.new("RGB", (8, 6), colour).save(tmp_path / name)
+    spec = _image_spec(open_source(tmp_path), {})
+    (tmp_path / "1.png").unlink()
+
+    assert (spec.height, spec.width, spec.channels) == (6, 8, 3)
+    assert _image_spec(open_source(tmp_path), {}).channels == 1
+
+
+def test_classes_stand_in_the_order_of_numbers_and_then_of_words():
+    """10 comes after 9, words after all numbers, and a superscript is no number."""
+    labels = ["10", "9", "bag", "²", "0"]
+    zeros = np.zeros(5, np.uint64)
+    images = TrainingData(zeros.astype(np.uint8), zeros, labels, [None] * 5, labels, [])
+
+    assert classes_of(images)[0] == ["0", "9", "10", "bag", "²"]
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "words"),
+    [
+        ("gated-pixelcnn", {"features": -1}, "features must be a whole number of at least 1"),
+        ("gated-pixelcnn", {"features": True}, "features must be a whole number"),
+        ("gated-pixelcnn", {"dilations": [0]}, "dilations must be a list of whole numbers of at"),
+        ("gated-pixelcnn", {"dilations": ["a"]}, "dilations must be a list"),
+        ("gated-pixelcnn", {"dilations": []}, "dilations must be a list"),
+        ("gated-pixelcnn", {"dilations": 2}, "dilations must be a list"),
+        ("gated-pixelcnn", {"pixel": 3}, "pixel must be text"),
+        ("pixelcnn", {"blocks": -1}, "blocks must be a whole number of at least 0"),
+        ("pixelcnn++", {"blocks": [1, 1, -1]}, "blocks must be a list of whole numbers of at"),
+        ("pixelcnn++", {"dropout": 1.0}, "dropout must be a number from 0 to less than 1"),
+        ("classifier", {"dropout": math.nan}, "dropout must be a number"),
+        ("classifier", {"shift": -1}, "shift must be a whole number of at least 0"),
+        ("classifier", {"hidden": -1}, "hidden must be"),
+        ("classifier", {"mirror": 1}, "mirror must be true or false"),
+        ("vae", {"components": 0}, "components must be"),
+        ("vae", {"latent": -1}, "latent must be"),
+        ("autoencoder", {"outputs": 0}, "outputs must be"),
+        ("vae", {"features": 10**17}, "^vae: "),
+    ],
+)
+def test_impossible_options_end_in_one_line(model, options, words):
+    """What a recipe's [density] cannot say is a usage error, and never torch's traceback."""
+    classes = 2 if model == "classifier" else 0
+    with pytest.raises(UsageError, match=words) as caught:
+        build(model, ImageSpec(8, 8, 1), options, classes)
+
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_every_option_of_a_model_may_be_said(model):
+    """Each default, written out as in a recipe, is a value that the option allows."""
+    module, name = MODELS[model].split(":")
+    signature = inspect.signature(getattr(importlib.import_module(module), name))
+    options = {
+        p.name: p.default for p in signature.parameters.values() if p.kind is p.KEYWORD_ONLY
+    }
+    classes = 2 if model in ("classifier", "ccvae") else 0
+
+    assert build(model, ImageSpec(8, 8, 1), options, classes).shape.height == 8
+
+
+def test_a_start_without_a_kernel_in_common_is_refused():
+    """A bias of the right length is no start; a VAE beside another density is one for a VAE."""
+    options = {"features": 4, "latent": 4, "components": 2}
+    spec = ImageSpec(8, 8, 1)
+    vae = build("vae", spec, options)
+    weights = vae.state_dict()
+    joined = Companions(build("vae", spec, options), build("pixelcnn", spec, {"blocks": 0}))
+
+    with pytest.raises(TrainingError, match="no kernel of that bundle fits"):
+        start_from(vae, {"decoder.start.bias": weights["decoder.start.bias"]})
+    with pytest.raises(TrainingError, match="no kernel"):
+        start_from(vae, {"noise": weights["noise"]})
+    beside = {f"vae.{name}": value for name, value in weights.items()}
+    assert start_from(joined, beside) == [f"main.{name}" for name in weights]
+    assert torch.equal(joined.main.encoder.code.weight, vae.encoder.code.weight)
 
 
 def test_existing_bundle_is_never_overwritten(bundle, fixture_data):
@@ -403,6 +571,11 @@ def test_existing_bundle_is_never_overwritten(bundle, fixture_data):
         ("modl = 'vae'", "nearest known one is model"),
         ("model = 'vae'\n[image]\nhight = 3", "nearest known one is height"),
         ("model = ", "not TOML"),
+        ("model = 'vae'\n[image]\nheight = 'tall'", "height must be a whole number, not 'tall'"),
+        ("model = 'vae'\n[image]\nchannels = true", "channels must be a whole number, not True"),
+        ("model = 'vae'\n[image]\nresize = []", "area or lanczos, not"),
+        ("model = 'vae'\n[image]\non_mismatch = {}", "refuse, crop, resize or tile, not"),
+        ("model = 'vae'\n[classifier]\nfeatures = 3", "anomalyd compose"),
     ],
 )
 def test_unknown_recipe_key_names_the_nearest(text, words, fixture_data, tmp_path):
@@ -423,6 +596,4 @@ def test_damaged_checkpoint_is_one_line(tmp_path):
 
 def test_every_model_has_a_recipe():
     """The table of models and the recipes that ship agree."""
-    from anomalyd.train.models import MODELS
-
     assert all(isinstance(default_recipe(name), Recipe) for name in MODELS)
