@@ -227,10 +227,11 @@ class Detector:
 
         Raises:
             AlphaUnreachable: too small for the calibration set, naming the images still needed.
-            UsageError: outside (0, 1).
+            UsageError: outside [1e-12, 1).
         """
         if asked is None:
-            return self.manifest.default_alpha
+            # The smallest p-value may be an ulp above the default that was written beside it.
+            return max(self.manifest.default_alpha, self.calibration.smallest)
         try:
             return conformal.check_alpha(asked, self.calibrated_on, self.confidence)
         except AlphaUnreachable as error:

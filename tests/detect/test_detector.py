@@ -146,6 +146,15 @@ def test_no_verdict_holds_a_number_that_json_does_not_know(detector, nll):
     assert json.loads(json.dumps(verdict.to_dict(), allow_nan=False))
 
 
+def test_a_default_an_ulp_below_the_smallest_p_value_still_flags(tmp_path):
+    """Older bundles have such a default: the alpha is then what their calibration reaches."""
+    below = float(np.nextafter(1 / 21, 0))
+    detector = Detector.load(tiny.tiny_bundle(tmp_path, n=20, default_alpha=below), device="cpu")
+    verdict = detector.score(np.full((4, 4), 255, np.uint8))
+    assert verdict.outlier
+    assert verdict.alpha == verdict.p_value == 1 / 21 > below
+
+
 def test_alpha_is_the_default_or_checked(detector):
     """None takes the bundle's; only one that was asked for is refused, with what is missing."""
     assert detector.alpha(None) == 0.01
