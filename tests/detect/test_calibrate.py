@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -9,9 +10,9 @@ import pytest
 import tiny
 
 from anomalyd import Detector
-from anomalyd.detect.bundle import read_bundle
+from anomalyd.detect.bundle import pack_calibration, read_bundle, write_bundle
 from anomalyd.detect.calibrate import calibrate, calibration_half
-from anomalyd.errors import CalibrationError, SourceError, UsageError
+from anomalyd.errors import BundleError, CalibrationError, SourceError, UsageError
 from anomalyd.images import content_hash
 from anomalyd.sources import open_source
 
@@ -65,6 +66,33 @@ def test_confidence_is_stored_and_kept(path, source_of):
     back = calibrate(path, source_of(tiny.draw(99, seed=72)), device="cpu")
     assert back.confidence is None
     assert read_bundle(path).manifest.guarantee == {"kind": "marginal", "confidence": None}
+
+
+@pytest.mark.parametrize("confidence", [0.1, 0.5, 0.95, 1 - 1e-9])
+def test_every_confidence_gives_a_bundle_that_is_read(path, source_of, confidence):
+    """Its table is held to the confidence it claims, and its default alpha can flag."""
+    calibrate(path, source_of(tiny.draw(41, seed=77)), confidence=confidence, device="cpu")
+    detector = Detector.load(path, device="cpu")
+    assert detector.confidence == confidence
+    assert detector.score(np.full((4, 4), 255, np.uint8)).outlier
+
+
+def test_a_table_that_promises_less_than_its_confidence_is_refused(path, source_of):
+    """A tenth of a percent is enough; so is a table that does not end with 1."""
+    calibrate(path, source_of(tiny.draw(60, seed=78)), confidence=0.95, device="cpu")
+    bundle = read_bundle(path)
+    files = {name: bundle.read(name) for name in bundle.manifest.files}
+    table = bundle.calibration.p_table
+    for place, by, says in (
+        (20, 0.999, "rank 21 of 60 holds with 0.94"),
+        (60, 0.9999, "end with 1, not 0.9999"),
+    ):
+        changed = table.copy()
+        changed[place] *= by
+        calibration = dataclasses.replace(bundle.calibration, p_table=changed)
+        files["calibration.npz"] = pack_calibration(calibration)
+        with pytest.raises(BundleError, match=says):
+            write_bundle(path, bundle.manifest, files, replace=True)
 
 
 def test_training_images_are_refused_one_by_one(path, source_of):

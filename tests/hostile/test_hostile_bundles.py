@@ -223,6 +223,10 @@ class TestManifest:
             ({"default_alpha": 0.001}, "so at default_alpha 0.001 nothing is flagged"),
             ({"guarantee": {"kind": "conditional", "confidence": None}}, "guarantee.confidence"),
             ({"guarantee": {"kind": "marginal", "confidence": 0.9}}, "guarantee.confidence"),
+            (
+                {"guarantee": {"kind": "conditional", "confidence": 0.95}},
+                "a conditional p_table must hold with the confidence 0.95 of its guarantee: rank ",
+            ),
             ({"statistics": ["a", "a"]}, "statistics must be different names"),
             ({"outputs": {"statistics": {"unit": "x"}}}, "at least log_likelihood and statistics"),
             ({"classes": []}, "classes must be different names"),
