@@ -90,8 +90,9 @@ class Level:
     Attributes:
         alpha: the rate of false alarms that is promised, in (0, 1).
         observed: the rate seen on the normal images, in [0, 1].
-        band: where 99.9 % of such rates fall if the promise holds; from 0 where it holds in each
-            class, for then most classes have fewer than they might.
+        band: where 99.9 % of such rates fall if the promise holds; where it holds in each class,
+            from 0, for then most classes have fewer than they might, to the end of the widest
+            band of a class.
         recall: name of set -> share of its outliers flagged.
     """
 
@@ -654,8 +655,14 @@ def _all_scores(detector: Detector, raw: Raw, judged: Judged) -> dict[str, Float
 def _level(
     detector: Detector, alpha: float, normal: Sample, outliers: Mapping[str, Sample]
 ) -> Level:
-    low, high = conformal.false_alarm_band(
-        alpha, detector.manifest.calibration_n, len(normal), confidence=detector.confidence
+    # By class the promise holds for the images of each, and the widest band holds all of them.
+    sizes = {len(scores) for scores, _ in detector.calibration.per_class()}
+    low, high = max(
+        (
+            conformal.false_alarm_band(alpha, n, len(normal), confidence=detector.confidence)
+            for n in sizes
+        ),
+        key=lambda band: band[1],
     )
     return Level(
         alpha,

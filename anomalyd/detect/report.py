@@ -170,12 +170,15 @@ def html(
                 "same with few false alarms drawn out. Dashed: alpha. Dotted: chance.",
             )
         )
+    fall = "fall into the bands"
+    if detector.labels:
+        fall = "stay below the ends of the bands, which are those of the rarest class,"
     sections += [
         "<h2>Are p-values what they promise?</h2>"
         + _figure(
             plots.calibration_plot(result, detector),
             "How often the p-value of a normal image is t or less. Of a promise that holds, 95 % "
-            "and 99.9 % of runs fall into the bands at any one t (beta-binomial). Above them: "
+            f"and 99.9 % of runs {fall} at any one t (beta-binomial). Above them: "
             "these normal images are stranger than the calibration images were.",
         ),
         _images(result, detector, masks or {}, thumbnails=thumbnails),
