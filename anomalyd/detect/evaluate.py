@@ -27,7 +27,7 @@ from anomalyd.detect.golden import open_session
 from anomalyd.detect.localisation import FALSE_POSITIVES, Localisation, PixelCounts
 from anomalyd.detect.measures import Separation, separation
 from anomalyd.detect.metadata import Telltale, telltale
-from anomalyd.detect.pipeline import Slab, item_name, maps_of, scored
+from anomalyd.detect.pipeline import Slab, item_name, maps_of, none_readable, scored
 from anomalyd.detect.statistics import finite
 from anomalyd.errors import BundleError, ImageError, SourceError, UsageError
 from anomalyd.images import read_header, to_mask
@@ -566,7 +566,7 @@ class _Reading:
         """
         count = len(self.headers) + len(self.seen)
         if count == 0:
-            raise SourceError(f"{subject}: none of its images can be read")
+            raise SourceError(f"{subject}: {none_readable(self.unreadable)}")
         if len(self.seen) > SEEN_LIMIT * count:
             raise SourceError(
                 f"{subject}: {len(self.seen)} of {count} images were seen in training or "
@@ -604,16 +604,8 @@ class _Reading:
             self.baseline.append(asked.baseline.said(np.asarray(slab.pixels)[rows]))
         if self._strange:
             return
-        places = {name: place for place, name in enumerate(detector.classes)}
-        for i in rows:
-            item = slab.items[slab.readable[i]]
-            if item.label not in places:
-                what = "has no label" if item.label is None else f"is labelled {item.label!r}"
-                raise SourceError(
-                    f"{item_name(item)} {what}; the classes of bundle {detector.path} are "
-                    f"{', '.join(detector.classes)}"
-                )
-            self.truth.append(places[item.label])
+        items = [slab.items[slab.readable[i]] for i in rows]
+        self.truth += [detector.class_of(item_name(item), item.label) for item in items]
 
     def _keep_extremes(self, score: Floats, items: list[Item]) -> None:
         rank = score if self._strange else -score

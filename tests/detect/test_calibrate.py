@@ -135,6 +135,16 @@ def test_refit_needs_images_in_both_halves(path, source_of):
         calibrate(path, source_of(tiny.draw(12, seed=75)), refit=True, device="cpu")
 
 
+def test_a_handful_of_images_does_not_replace_a_calibration(path, source_of):
+    """One image would be a table of two p-values, 0.5 and 1: ten it takes, and nothing changes."""
+    before = (path / "manifest.json").read_bytes()
+    with pytest.raises(CalibrationError, match=r"9 images are left .* and 10 are needed"):
+        calibrate(path, source_of(tiny.draw(9, seed=79)), device="cpu")
+    assert (path / "manifest.json").read_bytes() == before
+    done = calibrate(path, source_of(tiny.draw(10, seed=79)), device="cpu")
+    assert (done.default_alpha, done.needed) == (1 / 11, 99)
+
+
 def test_halves_never_tear_a_group_or_a_copy():
     """One group, one half; without groups the content decides, so copies stay together."""
     rng = np.random.default_rng(0)
@@ -169,7 +179,9 @@ def test_nothing_readable_is_an_error(path, tmp_path):
     folder = tmp_path / "images"
     folder.mkdir()
     (folder / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n")
-    with pytest.raises(SourceError, match="none of its images can be read"):
+    with pytest.raises(
+        SourceError, match=r"none of its images can be read; the first, .*a\.png: "
+    ):
         calibrate(path, open_source(folder), device="cpu")
 
 
