@@ -171,6 +171,11 @@ class Sampler:
         levels = np.zeros((n, *self._shape), np.int64)
         open_ = np.ones(self._shape, bool)
         if complete is not None:
+            if complete.shape != self._shape:
+                raise UsageError(
+                    f"--complete: the image is {_sides(complete.shape)}, and {self.where} draws "
+                    f"images of {_sides(self._shape)}; give one of that size"
+                )
             open_ = ~self.kept(keep)
             known = complete.astype(np.int64) * self.spec.levels // 256
             levels[:, ~open_] = known[~open_]
@@ -368,6 +373,10 @@ class _Run:
     def _tell(self, done: int) -> None:
         if self.progress is not None:
             self.progress(done, self.sampler.steps)
+
+
+def _sides(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))
 
 
 def _side(session: Any, name: str) -> int:

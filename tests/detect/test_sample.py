@@ -121,6 +121,12 @@ def test_completion_keeps_the_top_and_draws_the_rest(colour, method):
     assert np.array_equal(drawn, reference)
 
 
+def test_an_image_of_another_size_is_not_completed(colour):
+    """A photograph that is scored in tiles, say: the density draws a tile."""
+    with pytest.raises(UsageError, match=r"the image is 9x5x3, and drawn draws images of 6x5x3"):
+        colour.draw(1, complete=np.zeros((9, 5, 3), np.uint8))
+
+
 def test_classes_without_a_label_come_from_the_priors(square):
     """Without --label a sample is one of p(x): its class is drawn, too, and said."""
     labels = square.draw(400, seed=0).labels
