@@ -286,7 +286,11 @@ def fewest_flags(q: float, n: int, m: int, confidence: float | None = None) -> i
 
     k flags take k p-values of at most q k / m, and none is below `smallest_alpha(n, confidence)`.
     More than m says that q is out of reach for n calibration images.
+
+    Raises:
+        UsageError: q outside [1e-12, 1).
     """
+    _check_alpha_range(q, "a false discovery rate")
     smallest = smallest_alpha(n, confidence)
     flags = max(1, math.ceil(smallest * m / q) - 1)
     while smallest * m / flags > q:  # settles the last unit, which rounding may hide

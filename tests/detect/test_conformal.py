@@ -319,6 +319,12 @@ def test_fewest_flags_is_the_published_formula():
         assert conformal.fewest_flags(q, n, m) == flags
 
 
+def test_flags_are_counted_for_no_rate_that_rounding_swallows():
+    """The same bound as for alpha: below, the count would never end."""
+    with pytest.raises(UsageError, match="a false discovery rate must lie between 0 and 1"):
+        conformal.fewest_flags(9.19e-32, 99, 1000)
+
+
 def test_nan_is_the_strangest_score():
     """A score that is not a number is never taken for a normal one."""
     assert p_values([math.nan], [1.0, 2.0, 3.0]) == pytest.approx(0.25)
