@@ -17,7 +17,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from anomalyd.errors import AnomalydError, BundleError, MissingExtra, UsageError
+from anomalyd.errors import (
+    AnomalydError,
+    BundleError,
+    ImageError,
+    MissingExtra,
+    UsageError,
+    printable,
+)
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -27,6 +34,7 @@ __all__ = ["main"]
 FAILED, USAGE, UNREADABLE, INTERRUPTED = 1, 2, 3, 130
 
 PATH = click.Path(path_type=Path)
+SEED = click.IntRange(min=0)
 device = click.option(
     "--device",
     type=click.Choice(("auto", "cpu", "cuda")),
@@ -81,6 +89,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # numpy's products are small here, and while its threads wait for the next one they spin, on
     # cores that onnxruntime needs. Read when numpy is imported, which no command has done yet.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    if sys.stdout is None:  # closed by whoever started us: nobody is there to print for
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     try:
         # Not anomalyd.main(): that has an exit code of its own for a closed pipe.
         given = sys.argv[1:] if arguments is None else list(arguments)
@@ -103,9 +113,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (KeyboardInterrupt, click.Abort):
         return _fail("interrupted", INTERRUPTED)
     except BrokenPipeError:
-        # Whoever read our output has enough; the interpreter must not stumble over it again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()  # whoever read it has enough
         return 0
+    except OSError as error:
+        try:
+            sys.stdout.flush()
+        except OSError:
+            _drop_output()
+        name = f"{error.filename}: " if error.filename else ""
+        return _fail(f"{name}{error.strerror or error}", FAILED)
+    except MemoryError as error:
+        return _fail(f"out of memory: {error}".rstrip(": "), FAILED)
+
+
+def _drop_output() -> None:
+    """Send what is left of our output nowhere: the interpreter must not stumble over it again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 99})
@@ -133,7 +156,7 @@ def anomalyd() -> None:
 @click.option("--init", type=PATH, metavar="BUNDLE", help="Start from this bundle's weights.")
 @click.option("--resume", is_flag=True, help="Go on with an interrupted training.")
 @click.option("--recipe", type=PATH, metavar="FILE", help="TOML recipe in place of --model.")
-@click.option("--seed", type=int, metavar="S", help="Seed of weights, splits and data order.")
+@click.option("--seed", type=SEED, metavar="S", help="Seed of weights, splits and data order.")
 @click.option(
     "--on-mismatch",
     type=click.Choice(("refuse", "crop", "resize", "tile")),
@@ -241,6 +264,7 @@ def calibrate(
     """Redo the promise of BUNDLE on the normal images in DATA, which training has not seen."""
     from anomalyd.detect.bundle import read_bundle
     from anomalyd.detect.calibrate import calibrate as run
+    from anomalyd.detect.conformal import DEFAULT_ALPHA, round_up
     from anomalyd.detect.terminal import promise
     from anomalyd.sources import open_source
 
@@ -265,7 +289,11 @@ def calibrate(
     if done.fitted:
         _say(f"fitted on {done.fitted} images")
     _say(f"calibrated {bundle} on {done.n} images: {promise(done.confidence)}")
-    _say(f"default alpha {done.default_alpha:g}, smallest {done.smallest_alpha:.3g}")
+    default, smallest = round_up(done.default_alpha), round_up(done.smallest_alpha)
+    _say(f"default alpha {default:g}, smallest {smallest:g}")
+    if done.default_alpha > DEFAULT_ALPHA:
+        each = " of each class" if by_class else ""
+        _say(f"for an alpha of {DEFAULT_ALPHA} calibrate with {done.needed} images{each}")
     return UNREADABLE if done.unreadable else 0
 
 
@@ -296,7 +324,7 @@ def calibrate(
 @click.option("--limit", type=int, metavar="N", help="Take a sample of N images of each set.")
 @click.option(
     "--seed",
-    type=int,
+    type=SEED,
     default=0,
     show_default=True,
     metavar="S",
@@ -385,16 +413,17 @@ def evaluate(
     _name_unreadable(result.unreadable)
     for name, seen in result.seen.items():
         if seen:
-            _say(f"{name}: {len(seen)} images left out, seen in training: {_some(seen)}")
+            where = "seen in training or calibration"
+            _say(f"{name}: {len(seen)} images left out, {where}: {_some(seen)}")
     for warning in result.warnings:
         _say(f"warning: {warning}")
-    if report is not None:
-        write_report(report, result, detector, masks=given.masks, thumbnails=thumbnails)
-        _say(f"{report} written")
     if kind == "json":
         _print_json(result.to_dict())
     else:
         print_evaluation(result)
+    if report is not None:  # last: where it cannot be written, the evaluation is not lost
+        write_report(report, result, detector, masks=given.masks, thumbnails=thumbnails)
+        _say(f"{report} written")
     return UNREADABLE if result.unreadable else 0
 
 
@@ -590,14 +619,7 @@ def _say_summary(detector: Any, summary: Any, alpha: float, fdr: float | None) -
     help="Images to draw, up to 10,000  [default: 16; with --complete 8]",
 )
 @click.option("--label", metavar="NAME", help="Draw images of this class.")
-@click.option(
-    "--seed",
-    type=click.IntRange(0),
-    default=0,
-    show_default=True,
-    metavar="S",
-    help="Of the draw.",
-)
+@click.option("--seed", type=SEED, default=0, show_default=True, metavar="S", help="Of the draw.")
 @click.option(
     "--temperature",
     type=float,
@@ -646,7 +668,6 @@ def sample(
     import numpy as np
 
     from anomalyd.detect.sample import Sampler, grid
-    from anomalyd.errors import ImageError
     from anomalyd.images import to_pixels
 
     if keep is not None and complete is None:
@@ -658,7 +679,7 @@ def sample(
     try:
         given = None if complete is None else to_pixels(complete, sampler.spec)
     except ImageError as error:
-        raise UsageError(f"--complete {complete}: {error}") from error
+        raise AnomalydError(f"--complete {complete}: {error}") from error
     with _progress("drawing", sampler.steps) as advance:
         before = 0
 
@@ -893,12 +914,12 @@ def _priors(given: tuple[str, ...]) -> dict[str, float]:
 
 def _fail(message: str, code: int) -> int:
     # A message from far below may hold a line break; the promise is one line.
-    click.echo(f"anomalyd: {' '.join(message.split())}", err=True)
+    click.echo(f"anomalyd: {printable(' '.join(message.split()))}", err=True)
     return code
 
 
 def _say(message: str) -> None:
-    click.echo(message, err=True)
+    click.echo(printable(message), err=True)
 
 
 def _name_unreadable(unreadable: list[tuple[str, str]]) -> None:

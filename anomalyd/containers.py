@@ -71,10 +71,14 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Want:
-    """What items carry beyond their image: labels, and groups by a pattern or a column."""
+    """What items carry beyond their image: labels, and groups by a pattern or a column.
+
+    A lenient source of many files has an item with its error for each that cannot be opened.
+    """
 
     labels: bool
     group: str | None
+    lenient: bool = False
 
 
 @dataclass(frozen=True)
@@ -147,6 +151,11 @@ def _image_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     if math.prod(shape[1:]) > 1 << 28:
         raise SourceError(f"{name}: images of shape {shape[1:]} are too large to be read")
     return shape
+
+
+def _text(value: Any) -> str:
+    """A label or a group as text."""
+    return value.decode(errors="backslashreplace") if isinstance(value, bytes) else str(value)
 
 
 # --- IDX: "THE IDX FILE FORMAT" (LeCun, Cortes, Burges), big-endian ---------------------------
@@ -303,7 +312,7 @@ def _npz_column(path: str, name: str, count: int) -> list[str]:
                 f"for each of the {count} images is read"
             )
         data = file.read(count * dtype.itemsize)
-        return [str(value) for value in np.frombuffer(data, dtype, count).tolist()]
+        return [_text(value) for value in np.frombuffer(data, dtype, count).tolist()]
 
 
 # --- Parquet ----------------------------------------------------------------------------------
@@ -320,6 +329,11 @@ def open_parquet(path: str, want: Want) -> Source:
         raise SourceError(f"{path}: no column label; it has {columns}")
     if want.group is not None and want.group not in schema.names:
         raise SourceError(f"{path}: no column {want.group!r} to group by; it has {columns}")
+    for column in (label if want.labels else None, want.group):
+        if column is not None and arrow.types.is_nested(kind := schema.field(column).type):
+            raise SourceError(
+                f"{path}: column {column} is {kind}; a number or a short text for each row is read"
+            )
     if count == 0:
         raise SourceError(f"{path}: it holds no rows")
     image = _image_column(arrow, path, schema)
@@ -446,7 +460,7 @@ def _texts(batch: Any, column: str | None, names: list[str] | None) -> Iterable[
         return repeat(None, batch.num_rows)
     values = batch.column(column).to_pylist()
     named = dict(enumerate(names or []))
-    return [None if value is None else named.get(value, str(value)) for value in values]
+    return [None if value is None else named.get(value, _text(value)) for value in values]
 
 
 def _class_names(schema: Any, label: str | None) -> list[str] | None:

@@ -43,7 +43,17 @@ __all__ = [
     "TrainingError",
     "UsageError",
     "WrongSize",
+    "printable",
 ]
+
+
+def printable(text: str) -> str:
+    """Text as a terminal shows it: what a file name may hold beyond that, escaped."""
+    if text.isprintable():
+        return text
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text
+    )
 
 
 class AnomalydError(Exception):

@@ -544,7 +544,8 @@ def _from_16_bit(image: ImageFile) -> NDArray[np.uint8]:
         bits = int(image.tag_v2.get(258, (16,))[0])
         white_is_zero = image.tag_v2.get(262) == 0
     peak = (1 << bits) - 1
-    values = np.clip(np.asarray(image).astype(np.int64), 0, peak)
+    # 32 bits hold 255 * peak.
+    values: NDArray[np.uint32] = np.clip(np.asarray(image), 0, peak).astype(np.uint32)
     if white_is_zero:
         values = peak - values
     if (clear := image.info.get("transparency")) is not None:

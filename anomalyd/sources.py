@@ -91,7 +91,10 @@ def open_source(
         SourceError: there is no such thing, nothing in it can be read, or the split is unclear.
         MissingExtra: Parquet or a store without pyarrow.
     """
-    want = Want(labels, group)
+    return _open(data, Want(labels, group), split)
+
+
+def _open(data: str | Path, want: Want, split: str | None) -> Source:
     if is_uri(str(data)):
         return _open_stored(str(data), want)
     path, asked = _parse(data)
@@ -117,7 +120,8 @@ def open_paths(
 ) -> Source:
     """Returns the sources of several PATHs as one, in the order given.
 
-    What cannot be opened, or breaks off half way, is an item with its error among the others.
+    What cannot be opened, a file or a folder in a folder among it, or breaks off half way, is an
+    item with its error among the others.
 
     Raises:
         SourceError: not one of the paths can be opened.
@@ -127,7 +131,7 @@ def open_paths(
     errors: list[SourceError] = []
     for path in paths:
         try:
-            opened = open_source(path, labels=labels, group=group)
+            opened = _open(path, Want(labels, group, lenient=True), None)
             sources.extend(opened.sources if isinstance(opened, _Chain) else [opened])
         except SourceError as error:
             errors.append(error)
@@ -152,7 +156,7 @@ def listed(paths: Sequence[str | Path]) -> list[str]:
             found.append(path)
             continue
         try:
-            lines = Path(path[1:]).read_text(encoding="utf-8").splitlines()
+            lines = Path(path[1:]).read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or error
             raise SourceError(f"{path}: the list cannot be read: {reason}") from error
@@ -247,7 +251,7 @@ def _list(folder: str) -> _Listing:
     try:
         with os.scandir(folder) as entries:
             for entry in entries:
-                if entry.is_dir():
+                if _is_folder(entry):
                     if not entry.name.startswith("."):
                         folders.append(entry.name)
                 elif not _NO_IMAGES.search(entry.name):
@@ -255,6 +259,13 @@ def _list(folder: str) -> _Listing:
     except OSError as error:
         raise SourceError(f"{folder}: the folder cannot be read: {error.strerror}") from error
     return _Listing(folder, sorted(files), sorted(folders))
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself, say: an item, to be named as unreadable
+        return False
 
 
 def _splits(listing: _Listing) -> dict[str, list[str]]:
@@ -333,15 +344,36 @@ def _members(
     files = set(listing.files)
     for name in filter(_many_images, listing.files):
         if not (name.endswith(".gz") and name[:-3] in files):  # unpacked beside the packed one
-            yield _open_file(os.path.join(listing.path, name), want)
+            path = os.path.join(listing.path, name)
+            try:
+                yield _open_file(path, want)
+            except SourceError as error:
+                yield _named(path, error, want)
     for folder in listing.folders:
-        inner = _list(os.path.join(listing.path, folder))
-        if len(splits := _splits(inner)) > 1:
-            raise SourceError(
-                f"{inner.path}: it has the splits {', '.join(splits)}; "
-                f"give one of them, as in {inner.path}:train"
-            )
-        yield from _members(inner, root, label or folder, want, seen)
+        path = os.path.join(listing.path, folder)
+        try:
+            inner = _without_splits(path)
+        except SourceError as error:
+            yield _named(path, error, want)
+        else:
+            yield from _members(inner, root, label or folder, want, seen)
+
+
+def _without_splits(folder: str) -> _Listing:
+    listing = _list(folder)
+    if len(splits := _splits(listing)) > 1:
+        raise SourceError(
+            f"{folder}: it has the splits {', '.join(splits)}; "
+            f"give one of them, as in {folder}:train"
+        )
+    return listing
+
+
+def _named(path: str, error: SourceError, want: Want) -> _Unreadable:
+    """A member that cannot be opened, as an item where the source is a lenient one."""
+    if not want.lenient:
+        raise error
+    return _Unreadable(path, str(error))
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from PIL import Image
 
 from anomalyd import cli
 from anomalyd.detect.bundle import read_bundle
+from anomalyd.errors import AnomalydError
 
 
 @pytest.fixture(scope="module")
@@ -174,8 +175,11 @@ def test_unreadable_inputs_are_exit_code_3(run, bundle, images, tmp_path):
 def test_errors_are_one_line(run, bundle, images, tmp_path):
     """What, why, what to do; 1 for what failed, 2 for what cannot be meant; never a traceback."""
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
-    (tmp_path / "empty").mkdir()
+    for name in ("empty", "d.csv", "r.html"):
+        (tmp_path / name).mkdir()
     data = images
+    sampler = tiny.tiny_sampler().SerializeToString()
+    drawn = tiny.tiny_bundle(tmp_path, name="drawn", files={"sampler.onnx": sampler})
     cases = [
         (["score", bundle], 2, "PATH"),
         (["score", bundle, tmp_path / "nothing"], 1, "no such file"),
@@ -184,6 +188,9 @@ def test_errors_are_one_line(run, bundle, images, tmp_path):
         (["score", bundle, tmp_path / "broken.png"], 1, "none of 1 inputs could be read"),
         (["score", bundle, images, "--alpha", "1e-9"], 1, "needs 999999999 calibration images"),
         (["score", bundle, images, "--alpha", "2"], 2, "between 0 and 1"),
+        (["score", bundle, images, "--alpha", "9.19e-32"], 2, "at least 1e-12"),
+        (["score", bundle, images, "--fdr", "9.19e-32"], 2, "at least 1e-12"),
+        (["score", bundle, images, "--output", tmp_path / "d.csv"], 2, "a folder is there"),
         (["score", bundle, images, "--alpha", "x"], 2, "--alpha"),
         (["score", bundle, images, "--fdr", "2"], 2, "--fdr"),
         (["score", bundle, images, "--fdr", "1e-3"], 1, "--fdr 0.001 needs 999 calibration"),
@@ -196,6 +203,8 @@ def test_errors_are_one_line(run, bundle, images, tmp_path):
         (["evaluate", bundle, "--normal", data, "--outliers", "a=x", "--outliers", "a=y"], 2, "a"),
         (["evaluate", bundle, "--normal", data, "--outliers", f"normal={data}"], 2, "normal"),
         (["evaluate", bundle, "--normal", data, "--limit", "0"], 2, "--limit"),
+        (["evaluate", bundle, "--normal", data, "--seed", "-1"], 2, "--seed"),
+        (["evaluate", bundle, "--normal", data, "--report", tmp_path / "r.html"], 2, "a folder"),
         (["evaluate", bundle, "--normal", tmp_path / "nothing"], 1, "no such file"),
         (["evaluate", bundle, "--normal", tmp_path / "empty"], 1, "holds no images"),
         (["evaluate", bundle, "--normal", data, "--alpha", "1e-3"], 1, "needs 999 calibration"),
@@ -204,8 +213,17 @@ def test_errors_are_one_line(run, bundle, images, tmp_path):
         (["evaluate", bundle, "--normal", data, "--report", tmp_path / "x.pdf"], 2, ".html"),
         (["evaluate", bundle, "--normal", data, "--report", tmp_path / "no/x.html"], 1, "folder"),
         (["calibrate", bundle, data, "--confidence", "95"], 2, "0.95"),
+        (["calibrate", bundle, data, "--confidence", "0.9999999999"], 2, "at most 1 - 1e-9"),
         (["calibrate", bundle, data, "--group", "x"], 2, "--refit"),
+        (["calibrate", bundle, images / "00.png"], 1, "1 images are left to calibrate on, and 10"),
         (["sample", bundle], 1, "no sampler"),
+        (["sample", bundle, "-n", "0"], 2, "-n"),
+        (["sample", bundle, "-n", "10001"], 2, "-n"),
+        (["sample", bundle, "--seed", "-1"], 2, "--seed"),
+        (["sample", drawn, "--complete", tmp_path / "nope.png"], 1, "nope.png: "),
+        (["bundle", "verify", "/"], 1, "bundle /: "),
+        (["bundle", "verify", "x" * 253], 1, "cannot be listed: No such file"),
+        (["bundle", "verify", "a\x1b[2Jb"], 1, r"bundle a\x1b[2Jb: "),
         (["bundle", "verify", tmp_path], 1, "is not a regular file"),
         (["serve", "--config", tmp_path / "none.toml"], 2, "none.toml"),
         (["frobnicate"], 2, "frobnicate"),
@@ -217,6 +235,62 @@ def test_errors_are_one_line(run, bundle, images, tmp_path):
         assert err.startswith("anomalyd: "), err
         assert text in err, err
         assert "Traceback" not in out + err
+    assert not list(tmp_path.glob("*.part"))
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (OSError(28, "No space left on device"), "No space left on device"),
+        (OSError(28, "No space left on device", "x.csv"), "x.csv: No space left on device"),
+        (MemoryError(), "out of memory"),
+        (MemoryError("9 GiB for an array"), "out of memory: 9 GiB for an array"),
+    ],
+)
+def test_a_machine_that_refuses_is_one_line(run, bundle, monkeypatch, error, says):
+    """A disk that is full, a memory that is used up."""
+
+    def refuses(_):
+        raise error
+
+    monkeypatch.setattr("anomalyd.detect.bundle.read_bundle", refuses)
+    assert run("bundle", "inspect", bundle) == (1, "", f"anomalyd: {says}\n")
+
+
+@pytest.mark.parametrize(
+    ("redirection", "code", "says"),
+    [("> /dev/full", 1, "anomalyd: No space left on device\n"), (">&-", 0, "")],
+)
+def test_a_stdout_that_takes_nothing_is_no_traceback(bundle, redirection, code, says):
+    """A full disk is one line; where it was closed, nobody waits for what would be printed."""
+    command = f"{sys.executable} -m anomalyd bundle inspect {bundle} {redirection}"
+    done = subprocess.run(["/bin/sh", "-c", command], stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (code, says)
+
+
+def test_a_photograph_is_not_completed_by_a_density_of_tiles(run, images, tmp_path):
+    """It draws one tile: an image of another size is refused, in one line."""
+    path = tiny.tiny_tiled(tmp_path)
+    tiny.put(path, "sampler.onnx", tiny.tiny_sampler().SerializeToString())
+    Image.fromarray(np.zeros((9, 12), np.uint8)).save(tmp_path / "large.png")
+    command = ["sample", path, "--output", tmp_path / "x.png", "--complete"]
+    code, _, err = run(*command, tmp_path / "large.png")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "the image is 9x12x1, and" in err
+
+
+def test_a_report_that_cannot_be_written_loses_no_evaluation(run, bundle, images, monkeypatch):
+    """It is printed first; the exit code tells."""
+
+    def refuses(*_, **__):
+        raise AnomalydError("--report x.html cannot be written: No space left on device")
+
+    monkeypatch.setattr("anomalyd.detect.report.write_report", refuses)
+    command = ["evaluate", bundle, "--normal", images, "--format", "json"]
+    code, out, err = run(*command, "--report", "x.html")
+    assert code == 1
+    assert json.loads(out)["n"] == 21
+    assert err.endswith("cannot be written: No space left on device\n")
 
 
 def test_bundle_inspect_and_verify(run, bundle):
@@ -273,6 +347,13 @@ def test_calibrate_reports_what_it_did(run, tmp_path):
     assert "5 images refused" in err
     assert "on 299 images: false alarms at most alpha with 0.95 confidence" in err
     assert read_bundle(path).manifest.default_alpha == 0.01
+    assert err.endswith("default alpha 0.01, smallest 0.00997\n")
+    np.save(tmp_path / "few.npy", new[:60])
+    code, _, err = run("calibrate", path, tmp_path / "few.npy")
+    assert "default alpha 0.0164, smallest 0.0164\n" in err
+    assert "for an alpha of 0.01 calibrate with 99 images\n" in err
+    np.save(tmp_path / "other.npy", tiny.draw(20, seed=91))
+    assert run("score", path, tmp_path / "other.npy", "--alpha", "0.0164")[0] == 0
     code, _, err = run("calibrate", path, tmp_path / "x.npy", "--refit", "--group", r"\d")
     assert code == 1
     assert "group" in err

@@ -324,6 +324,28 @@ def test_labels_of_folders(tmp_path, shirts):
     ]
 
 
+def test_labels_of_bytes_are_text(tmp_path, shirts):
+    """Of columns and arrays of bytes, as if they were of text."""
+    names = ["Stiefel", "Stöckel", "Hemd"]
+    coded = [name.encode() for name in names]
+    save_png(tmp_path / "png", shirts[:3])
+    save_parquet(tmp_path / "a.parquet", tmp_path / "png", label=coded)
+    np.savez(tmp_path / "a.npz", images=shirts[:3], labels=np.array(coded))
+    for name in ("a.parquet", "a.npz"):
+        assert [item.label for item in open_source(tmp_path / name, labels=True)] == names
+
+
+@pytest.mark.parametrize("label", [[[1], [2]], [{"a": 1}, {"a": 2}]])
+def test_nested_columns_are_no_labels(tmp_path, shirts, label):
+    """A list or a struct names no class and no group; unasked for it is none of our business."""
+    save_png(tmp_path / "png", shirts[:2])
+    save_parquet(tmp_path / "a.parquet", tmp_path / "png", label=label)
+    for asked in ({"labels": True}, {"group": "label"}):
+        with pytest.raises(SourceError, match=r"column label is .* a number or a short text"):
+            open_source(tmp_path / "a.parquet", **asked)
+    assert len(list(open_source(tmp_path / "a.parquet"))) == 2
+
+
 def test_labels_that_are_not_there(tmp_path, shirts):
     """Labels that were asked for and cannot be found are an error, at once."""
     save_png(tmp_path / "png", shirts[:2])
@@ -441,6 +463,48 @@ def test_an_unreadable_path_among_others_is_named_and_nothing_else_lost(fixture_
     assert (items[0].source, items[0].index) == (str(tmp_path / "missing"), None)
     assert items[51].index == 50
     assert "image 50 of 200 is not whole" in str(items[51].error)
+
+
+def test_one_bad_entry_does_not_lose_its_folder(tmp_path, shirts, monkeypatch):
+    """For scoring it is an item among the others; for training the folder is refused as ever."""
+    save_png(tmp_path / "good", shirts[:2])
+    np.save(tmp_path / "float.npy", np.zeros((5, 28, 28)))
+    (tmp_path / "locked").mkdir()
+    (tmp_path / "splits").mkdir()
+    for name in ("train", "test"):
+        np.save(tmp_path / "splits" / f"{name}.npy", shirts[..., 0])
+    real = os.scandir
+
+    def scandir(path):
+        if str(path).endswith("locked"):
+            raise PermissionError(13, "Permission denied")
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    source = open_paths([tmp_path])
+    items = list(source)
+    assert len(source) == len(items) == 5
+    found = {item.source.removeprefix(f"{tmp_path}/"): str(item.error) for item in items}
+    assert list(found) == ["float.npy", "good/000.png", "good/001.png", "locked", "splits"]
+    assert "its values are float64" in found["float.npy"]
+    assert "Permission denied" in found["locked"]
+    assert "it has the splits" in found["splits"]
+    for run in cut(source, 2):
+        items = items[len(list(open_pieces(run))) :]
+    assert items == []
+    with pytest.raises(SourceError, match="float64"):
+        open_source(tmp_path)
+
+
+def test_a_link_to_itself_is_an_item_that_cannot_be_read(tmp_path, shirts):
+    """Whatever the folder is opened for; the images beside it are there."""
+    save_png(tmp_path, shirts[:1], ["a.png"])
+    (tmp_path / "b").symlink_to("b")
+    for source in (open_source(tmp_path), open_paths([tmp_path])):
+        good, loop = source
+        assert to_pixels(good.payload, SPEC).shape == (28, 28, 1)
+        with pytest.raises(CorruptImage):
+            to_pixels(loop.payload, SPEC)
 
 
 def test_nothing_readable_at_all_is_an_error(tmp_path):
@@ -586,6 +650,8 @@ def test_a_list_stands_for_its_lines(tmp_path):
     """@LIST is replaced by the paths in it, as often as they are there; others are kept."""
     (tmp_path / "list.txt").write_text("a.png\n\n b/c.parquet \na.png\n")
     assert listed(["x", f"@{tmp_path}/list.txt"]) == ["x", "a.png", "b/c.parquet", "a.png"]
+    (tmp_path / "windows.txt").write_bytes(b"\xef\xbb\xbfa.png\r\n")
+    assert listed([f"@{tmp_path}/windows.txt"]) == ["a.png"]
     with pytest.raises(SourceError, match=r"the list cannot be read: No such file"):
         listed([f"@{tmp_path}/none.txt"])
     (tmp_path / "empty.txt").write_text("\n")

@@ -66,6 +66,7 @@ __all__ = [
 
 MANIFEST, MODEL = "manifest.json", "model.onnx"
 REQUIRED = (MODEL, "calibration.npz", "golden.npz", "CARD.md")
+SAMPLER, CACHED = "sampler.onnx", frozenset({"row.onnx", "step.onnx"})
 MAX_FILES = 64
 _MIB = 1 << 20
 MAX_MANIFEST = 1 * _MIB
@@ -145,14 +146,19 @@ def find_bundles(path: str | Path) -> list[Path]:
     """The bundle folder itself, or every bundle folder directly inside, sorted by name.
 
     Raises:
-        BundleError: no such folder.
+        BundleError: no such folder, or one that cannot be listed.
     """
     root = Path(path)
     if _is_bundle(root):
         return [root]
-    if not root.is_dir():
-        raise BundleError(f"bundle {root}: no such folder; name a bundle or a folder of bundles")
-    names = {_name_of(entry.name) for entry in root.iterdir()}
+    try:
+        if not root.is_dir():
+            raise BundleError(
+                f"bundle {root}: no such folder; name a bundle or a folder of bundles"
+            )
+        names = {_name_of(entry.name) for entry in root.iterdir()}
+    except OSError as error:
+        raise BundleError(f"bundle {root}: cannot be listed: {error.strerror}") from None
     inside = [root / name for name in names if name is not None]
     return sorted(entry for entry in inside if _is_bundle(entry))
 
@@ -282,6 +288,12 @@ def _check_files(files: Mapping[str, FileEntry]) -> None:
     for name in REQUIRED:
         if name not in files:
             raise BundleError(f"{name} is missing from the files in {MANIFEST}; export it again")
+    if not CACHED.isdisjoint(files) and not CACHED | {SAMPLER} <= files.keys():
+        absent = min((CACHED | {SAMPLER}) - files.keys())
+        raise BundleError(
+            f"{absent} is missing from the files in {MANIFEST}: {' and '.join(sorted(CACHED))} "
+            f"are there together, beside {SAMPLER}; export it again"
+        )
     if len(files) >= MAX_FILES:
         raise BundleError(f"{len(files)} files listed; at most {MAX_FILES - 1} are allowed")
 
@@ -453,20 +465,25 @@ def _sync(folder: Path) -> None:
 
 
 def _old(path: Path) -> Path:
-    return path.with_name(f".{path.name}.old")
+    return path.parent / f".{path.name}.old"  # with_name refuses the root folder, which has none
 
 
 def _standing(path: Path) -> Path:
     """Where the bundle of that path stands: there, or set aside by a writer that was killed."""
     resolved = _resolved(path)
     old = _old(resolved)
-    return old if old.is_dir() and not resolved.exists() else path
+    try:
+        aside = old.is_dir() and not resolved.exists()
+    except OSError:  # no way in, or a name too long: so says whoever reads the path itself
+        aside = False
+    return old if aside else path
 
 
 def _is_bundle(path: Path) -> bool:
     """Whether one stands there, looked for twice: a writer may move it between two looks."""
     places = (path, _old(_resolved(path)), path)
-    return any((place / MANIFEST).is_file() for place in places)
+    # Unlike Path.is_file, does not mind a folder that may not be entered, or a name too long.
+    return any(os.path.isfile(place / MANIFEST) for place in places)
 
 
 def _resolved(path: Path) -> Path:

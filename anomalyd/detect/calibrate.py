@@ -14,9 +14,9 @@ import numpy as np
 from anomalyd.detect import conformal
 from anomalyd.detect.bundle import Calibration, Guarantee, pack_calibration, write_bundle
 from anomalyd.detect.detector import Detector
-from anomalyd.detect.pipeline import Collected, collect
+from anomalyd.detect.pipeline import Collected, collect, none_readable
 from anomalyd.detect.ranks import ranks, ranks_by_class
-from anomalyd.errors import CalibrationError, SourceError, UsageError
+from anomalyd.errors import CalibrationError, ImageError, SourceError, UsageError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Calibrated", "calibrate", "calibration_half"]
 
-FEWEST = 10  # images in either half: fewer give no ranks worth the name
+FEWEST = 10  # images to calibrate on, or to fit on: fewer give no ranks worth the name
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,8 @@ class Calibrated:
         unreadable: (name, reason) of what could not be read.
         default_alpha: the bundle's new default.
         smallest_alpha: the smallest alpha that can be asked for from now on.
+        needed: calibration images that an alpha of 0.01 takes, of each class where verdicts have
+            labels.
         confidence: of the guarantee; None for the marginal one.
     """
 
@@ -50,6 +52,7 @@ class Calibrated:
     unreadable: list[tuple[str, str]]
     default_alpha: float
     smallest_alpha: float
+    needed: int
     confidence: float | None
 
 
@@ -74,11 +77,11 @@ def calibrate(
         progress: called with the number of images done.
 
     Raises:
-        CalibrationError: too few images are left, or, where verdicts have labels, none of a
-            class, an image without a class or of a class that the bundle does not know.
+        CalibrationError: fewer than 10 images are left, or, where verdicts have labels, of a
+            class; an image without a class or of a class that the bundle does not know.
         SourceError: not one image can be read.
         BundleError: the bundle is broken or cannot be written.
-        UsageError: a confidence outside (0, 1), a refit of a bundle that has a texture.
+        UsageError: a confidence outside (0, 1 - 1e-9], a refit of a bundle that has a texture.
     """
     if confidence is not None:
         conformal.smallest_alpha(1, confidence)  # a wrong one is told before images are read
@@ -88,11 +91,17 @@ def calibrate(
             f"--refit: bundle {path} scores photographs by a texture, which only training fits; "
             "calibrate without it, or train again"
         )
+    errors: list[tuple[str, ImageError]] = []
     collected = collect(
-        detector.session, detector.spec, source, texture=detector.texture, progress=progress
+        detector.session,
+        detector.spec,
+        source,
+        texture=detector.texture,
+        progress=progress,
+        errors=errors,
     )
     if collected is None:
-        raise SourceError(f"{source.name}: none of its images can be read")
+        raise SourceError(f"{source.name}: {none_readable(errors)}")
     trained = np.isin(collected.hashes, detector.calibration.training_hashes)
     seen = [collected.names[i] for i in np.flatnonzero(trained)]
     new = collected[~trained]
@@ -113,6 +122,12 @@ def calibrate(
         tiles=None if new.raw.tiles is None else np.sort(new.raw.tiles),
     )
     fewest = n if calibration.class_counts is None else int(calibration.class_counts.min())
+    if fewest < FEWEST:
+        of = "" if calibration.class_counts is None else " of its rarest class"
+        raise CalibrationError(
+            f"{source.name}: {fewest} images{of} are left to calibrate on, and {FEWEST} are "
+            "needed; give more normal images"
+        )
     alpha = conformal.default_alpha(fewest, confidence)
     _write(detector, calibration, alpha, confidence)
     return Calibrated(
@@ -123,6 +138,7 @@ def calibrate(
         unreadable=[(name, str(error)) for name, error in collected.errors],
         default_alpha=alpha,
         smallest_alpha=conformal.smallest_alpha(fewest, confidence),
+        needed=conformal.images_needed(conformal.DEFAULT_ALPHA, confidence),
         confidence=confidence,
     )
 
@@ -186,15 +202,11 @@ def _ranks(detector: Detector, new: Collected, confidence: float | None) -> dict
 
 def _classes(detector: Detector, images: Collected) -> NDArray[np.int64]:
     """The place of each image's class among the bundle's."""
-    places = {name: place for place, name in enumerate(detector.classes)}
-    for name, label in zip(images.names, images.labels, strict=True):
-        if label not in places:
-            what = "has no label" if label is None else f"is labelled {label!r}"
-            raise CalibrationError(
-                f"{name} {what}, and bundle {detector.path} is calibrated class by class; its "
-                f"classes are {', '.join(detector.classes)}"
-            )
-    return np.array([places[str(label)] for label in images.labels], np.int64)
+    named = list(zip(images.names, images.labels, strict=True))
+    try:
+        return np.array([detector.class_of(name, label) for name, label in named], np.int64)
+    except SourceError as error:
+        raise CalibrationError(f"{error}; it is calibrated class by class") from None
 
 
 def _write(

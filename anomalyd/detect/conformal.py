@@ -5,11 +5,12 @@ from the strange end is uniform on 1..n+1 (or conservative where scores tie). Tw
 rank into a p-value:
 
     marginal      p_r = r / (n + 1)                          on average over calibration sets
-    conditional   p_r = C-quantile of Beta(r, n + 1 - r)     for this calibration set, with
-                                                             confidence C
+    conditional   p_r = C-quantile of Beta(r, n + 1 - r),    for this calibration set, with
+                        or r / (n + 1) where that is larger  confidence C
 
 "Outlier" is p <= alpha under both. The conditional table flags exactly the ranks r with
-P(Beta(r, n + 1 - r) <= alpha) >= C. Needs numpy only.
+P(Beta(r, n + 1 - r) <= alpha) >= C that the marginal one flags, too: below a confidence of about
+0.63 the quantiles alone would promise less than the average does. Needs numpy only.
 
 References:
     "Algorithmic Learning in a Random World" (Vovk, Gammerman, Shafer, 2005)
@@ -19,6 +20,7 @@ References:
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -35,6 +37,7 @@ __all__ = [
     "benjamini_hochberg",
     "check_alpha",
     "clopper_pearson",
+    "confidences",
     "default_alpha",
     "false_alarm_band",
     "fewest_flags",
@@ -43,34 +46,55 @@ __all__ = [
     "p_values",
     "q_table",
     "ranks",
+    "round_up",
     "smallest_alpha",
 ]
 
-LEAST_ALPHA = 1e-100
+LEAST_ALPHA = 1e-12  # below, rounding hides what one image more or less does
+MOST_CONFIDENCE = 1 - 1e-9
 DEFAULT_ALPHA = 0.01
 
 
+@lru_cache(maxsize=8)
 def p_table(n: int, confidence: float | None = None) -> Floats:
     """The p-value of each rank: entry c is for a score that c of n calibration scores reach.
 
     Args:
         n: calibration scores, at least 1.
-        confidence: None for the marginal table, C in (0, 1) for the conditional one.
+        confidence: None for the marginal table, C in (0, 1 - 1e-9] for the conditional one.
 
     Returns:
-        float64 (n + 1,), strictly increasing in (0, 1]; the last entry is 1.
+        float64 (n + 1,), read-only, strictly increasing in (0, 1]; the first entry is
+        `smallest_alpha(n, C)`, the last is 1.
 
     Raises:
-        UsageError: n below 1, or a confidence outside (0, 1).
+        UsageError: n below 1, or a confidence outside (0, 1 - 1e-9].
     """
     _check_n(n)
     rank = np.arange(1, n + 2, dtype=np.float64)
-    if confidence is None:
-        return rank / (n + 1)
-    _check_confidence(confidence)
-    table = np.ones(n + 1)
-    table[:n] = _beta_quantile(confidence, rank[:n], n + 1 - rank[:n])
+    table = rank / (n + 1)
+    if confidence is not None:
+        _check_confidence(confidence)
+        quantiles = _beta_quantile(confidence, rank[:n], n + 1 - rank[:n])
+        table[:n] = np.maximum(table[:n], quantiles)
+        # To the last bit what default_alpha says: an ulp above it, nothing would be flagged.
+        table[0] = smallest_alpha(n, confidence)
+    table.setflags(write=False)
     return table
+
+
+def confidences(table: Floats) -> Floats:
+    """With what confidence over calibration sets each p-value of a table holds, but the last.
+
+    Args:
+        table: float64 (n + 1,) in (0, 1].
+
+    Returns:
+        float64 (n,) in [0, 1]: P(Beta(r, n + 1 - r) <= table[r - 1]).
+    """
+    n = len(table) - 1
+    rank = np.arange(1, n + 1, dtype=np.float64)
+    return _beta_cdf(table[:n], rank, n + 1 - rank, _log_beta(rank, n + 1 - rank))
 
 
 def p_values(scores: ArrayLike, calibration_scores: Floats, table: Floats) -> Floats:
@@ -92,14 +116,16 @@ def p_values(scores: ArrayLike, calibration_scores: Floats, table: Floats) -> Fl
 def images_needed(alpha: float, confidence: float | None = None) -> int:
     """The fewest calibration images with which a p-value as small as alpha exists.
 
-    1 / (n + 1) <= alpha, or 1 - (1 - alpha)^n >= C with a confidence.
+    1 / (n + 1) <= alpha, and 1 - (1 - alpha)^n >= C with a confidence.
+
+    Raises:
+        UsageError: alpha outside [1e-12, 1), or a confidence outside (0, 1 - 1e-9].
     """
     _check_alpha_range(alpha)
-    if confidence is None:
-        n = max(1, math.ceil(1 / alpha) - 2)
-    else:
+    n = max(1, math.ceil(1 / alpha) - 2)
+    if confidence is not None:
         _check_confidence(confidence)
-        n = max(1, math.ceil(math.log1p(-confidence) / math.log1p(-alpha)) - 1)
+        n = max(n, math.ceil(math.log1p(-confidence) / math.log1p(-alpha)) - 1)
     while smallest_alpha(n, confidence) > alpha:  # settles the last unit, which rounding may hide
         n += 1
     return n
@@ -111,7 +137,7 @@ def smallest_alpha(n: int, confidence: float | None = None) -> float:
     if confidence is None:
         return 1 / (n + 1)
     _check_confidence(confidence)
-    return -math.expm1(math.log1p(-confidence) / n)
+    return max(1 / (n + 1), -math.expm1(math.log1p(-confidence) / n))
 
 
 def default_alpha(n: int, confidence: float | None = None) -> float:
@@ -134,7 +160,7 @@ def check_alpha(
         what: what the rate is called in a message.
 
     Raises:
-        UsageError: alpha outside (0, 1).
+        UsageError: alpha outside [1e-12, 1).
         AlphaUnreachable: alpha below `smallest_alpha(n, confidence)`.
     """
     _check_alpha_range(alpha, what)
@@ -144,9 +170,17 @@ def check_alpha(
         raise AlphaUnreachable(
             f"{what} {alpha:g} needs {needed} calibration images{at} and the bundle has {n}: "
             f"calibrate with {needed - n} more, or ask for "
-            f"{_round_up(smallest_alpha(n, confidence)):g} or above"
+            f"{round_up(smallest_alpha(n, confidence)):g} or above"
         )
     return alpha
+
+
+def round_up(alpha: float) -> float:
+    """An alpha in three significant digits, never rounded downwards: it can be asked for."""
+    unit = 10.0 ** (math.floor(math.log10(alpha)) - 2)
+    # As it will be printed, and so read again: a product with the unit may be an ulp off.
+    nearest = float(f"{alpha:.3g}")
+    return nearest if nearest >= alpha else float(f"{alpha + unit / 2:.3g}")
 
 
 def false_alarm_band(
@@ -252,7 +286,11 @@ def fewest_flags(q: float, n: int, m: int, confidence: float | None = None) -> i
 
     k flags take k p-values of at most q k / m, and none is below `smallest_alpha(n, confidence)`.
     More than m says that q is out of reach for n calibration images.
+
+    Raises:
+        UsageError: q outside [1e-12, 1).
     """
+    _check_alpha_range(q, "a false discovery rate")
     smallest = smallest_alpha(n, confidence)
     flags = max(1, math.ceil(smallest * m / q) - 1)
     while smallest * m / flags > q:  # settles the last unit, which rounding may hide
@@ -266,20 +304,19 @@ def _check_n(n: int) -> None:
 
 
 def _check_confidence(confidence: float) -> None:
-    if not 0 < confidence < 1:
-        raise UsageError(f"confidence must lie between 0 and 1, not {confidence:g}; try 0.95")
+    if not 0 < confidence <= MOST_CONFIDENCE:
+        raise UsageError(
+            "confidence must lie between 0 and 1, and be at most 1 - 1e-9, not "
+            f"{confidence!r}; try 0.95"
+        )
 
 
 def _check_alpha_range(alpha: float, what: str = "alpha") -> None:
-    # Below, even counting the images that it needs would overflow.
     if not LEAST_ALPHA <= alpha < 1:
-        raise UsageError(f"{what} must lie between 0 and 1, not {alpha:g}; try 0.01")
-
-
-def _round_up(alpha: float, digits: int = 3) -> float:
-    """Round to a few significant digits, never downwards: the hint must itself be reachable."""
-    unit = 10.0 ** (math.floor(math.log10(alpha)) - digits + 1)
-    return math.ceil(alpha / unit - 1e-9) * unit
+        raise UsageError(
+            f"{what} must lie between 0 and 1, and be at least {LEAST_ALPHA:g}, not {alpha:g}; "
+            "try 0.01"
+        )
 
 
 def _log_factorials(n: int) -> Floats:
@@ -290,9 +327,7 @@ def _log_factorials(n: int) -> Floats:
 def _beta_quantile(q: float, a: ArrayLike, b: ArrayLike) -> Floats:
     """The x with P(Beta(a, b) <= x) = q, elementwise, by Newton steps kept inside a bracket."""
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    log_beta = np.array(
-        [math.lgamma(s) + math.lgamma(t) - math.lgamma(s + t) for s, t in zip(a, b, strict=True)]
-    )
+    log_beta = _log_beta(a, b)
     low, high = np.zeros_like(a), np.ones_like(a)
     x = a / (a + b)
     for _ in range(100):
@@ -308,6 +343,12 @@ def _beta_quantile(q: float, a: ArrayLike, b: ArrayLike) -> Floats:
             break
     result: Floats = x
     return result
+
+
+def _log_beta(a: Floats, b: Floats) -> Floats:
+    return np.array(
+        [math.lgamma(s) + math.lgamma(t) - math.lgamma(s + t) for s, t in zip(a, b, strict=True)]
+    )
 
 
 def _beta_cdf(x: Floats, a: Floats, b: Floats, log_beta: Floats) -> Floats:
@@ -334,7 +375,7 @@ def _continued_fraction(x: Floats, a: Floats, b: Floats) -> Floats:
             c = _away_from_zero(1 + term / c, tiny)
             change = c * d
             h *= change
-        if np.all(np.abs(change - 1) < 1e-14):
+        if np.all(np.abs(change - 1) < 1e-12):  # nearer, rounding may keep it away for long
             break
     return h
 

@@ -18,7 +18,13 @@ from anomalyd.detect.golden import open_session
 from anomalyd.detect.runtime import Raw, Session
 from anomalyd.detect.statistics import BY_CLASS, finite, make_score, negative_log_likelihood
 from anomalyd.detect.texture import Texture
-from anomalyd.errors import AlphaUnreachable, BundleError, UsageError
+from anomalyd.errors import (
+    AlphaUnreachable,
+    BundleError,
+    ImageError,
+    SourceError,
+    UsageError,
+)
 from anomalyd.images import ImageSpec, to_pixels
 
 if TYPE_CHECKING:
@@ -167,6 +173,19 @@ class Detector:
         """Names of the classes; none without."""
         return self.manifest.classes or []
 
+    def class_of(self, name: str, label: str | None) -> int:
+        """The place of an image's class among the bundle's.
+
+        Raises:
+            SourceError: the image has no label, or one that the bundle does not know.
+        """
+        if label not in self.classes:
+            what = "has no label" if label is None else f"is labelled {label!r}"
+            raise SourceError(
+                f"{name} {what}; the classes of bundle {self.path} are {', '.join(self.classes)}"
+            )
+        return self.classes.index(label)
+
     @property
     def calibrated_on(self) -> int:
         """The calibration images that the smallest p-value rests on: those of the rarest class."""
@@ -204,7 +223,8 @@ class Detector:
             one verdict for one image, a list for an iterable.
 
         Raises:
-            ImageError: an image that cannot be read; the subclass says in which way.
+            ImageError: an image that cannot be read; the subclass says in which way, the message
+                which one of many.
             AlphaUnreachable: an alpha that the calibration set is too small for.
         """
         level, asked = self.alpha(alpha), self.labelling(**labelling)
@@ -213,8 +233,9 @@ class Detector:
         ):
             return self.judge(self.run([self._pixels(images)]), level, asked)[0]
         verdicts: list[Verdict] = []
-        for batch in _batches(images, 1 if self.spec.tiled else self.session.batch):
-            raw = self.run([self._pixels(image) for image in batch])
+        size = 1 if self.spec.tiled else self.session.batch
+        for batch in _batches(enumerate(images), size):
+            raw = self.run([self._pixels(image, f"image {place}") for place, image in batch])
             verdicts += self.judge(raw, level, asked)
         return verdicts
 
@@ -227,10 +248,11 @@ class Detector:
 
         Raises:
             AlphaUnreachable: too small for the calibration set, naming the images still needed.
-            UsageError: outside (0, 1).
+            UsageError: outside [1e-12, 1).
         """
         if asked is None:
-            return self.manifest.default_alpha
+            # The smallest p-value may be an ulp above the default that was written beside it.
+            return max(self.manifest.default_alpha, self.calibration.smallest)
         try:
             return conformal.check_alpha(asked, self.calibrated_on, self.confidence)
         except AlphaUnreachable as error:
@@ -390,8 +412,13 @@ class Detector:
             explained[name] = {"value": number, "p_value": p_value, "diagnostic": True}
         return explained
 
-    def _pixels(self, image: Image) -> NDArray[np.uint8]:
-        return to_pixels(Path(image) if isinstance(image, str) else image, self.spec)
+    def _pixels(self, image: Image, which: str = "") -> NDArray[np.uint8]:
+        path = Path(image) if isinstance(image, str | Path) else None
+        try:
+            return to_pixels(cast("Path | bytes", image) if path is None else path, self.spec)
+        except ImageError as error:
+            name = which if path is None else str(path)
+            raise type(error)(f"{name}: {error}" if name else str(error)) from error
 
 
 def _batches(images: Iterable[Any], size: int) -> Iterator[list[Any]]:

@@ -27,7 +27,7 @@ from anomalyd.detect.golden import open_session
 from anomalyd.detect.localisation import FALSE_POSITIVES, Localisation, PixelCounts
 from anomalyd.detect.measures import Separation, separation
 from anomalyd.detect.metadata import Telltale, telltale
-from anomalyd.detect.pipeline import Slab, item_name, maps_of, scored
+from anomalyd.detect.pipeline import Slab, item_name, maps_of, none_readable, scored
 from anomalyd.detect.statistics import finite
 from anomalyd.errors import BundleError, ImageError, SourceError, UsageError
 from anomalyd.images import read_header, to_mask
@@ -90,8 +90,9 @@ class Level:
     Attributes:
         alpha: the rate of false alarms that is promised, in (0, 1).
         observed: the rate seen on the normal images, in [0, 1].
-        band: where 99.9 % of such rates fall if the promise holds; from 0 where it holds in each
-            class, for then most classes have fewer than they might.
+        band: where 99.9 % of such rates fall if the promise holds; where it holds in each class,
+            from 0, for then most classes have fewer than they might, to the end of the widest
+            band of a class.
         recall: name of set -> share of its outliers flagged.
     """
 
@@ -565,7 +566,7 @@ class _Reading:
         """
         count = len(self.headers) + len(self.seen)
         if count == 0:
-            raise SourceError(f"{subject}: none of its images can be read")
+            raise SourceError(f"{subject}: {none_readable(self.unreadable)}")
         if len(self.seen) > SEEN_LIMIT * count:
             raise SourceError(
                 f"{subject}: {len(self.seen)} of {count} images were seen in training or "
@@ -603,16 +604,8 @@ class _Reading:
             self.baseline.append(asked.baseline.said(np.asarray(slab.pixels)[rows]))
         if self._strange:
             return
-        places = {name: place for place, name in enumerate(detector.classes)}
-        for i in rows:
-            item = slab.items[slab.readable[i]]
-            if item.label not in places:
-                what = "has no label" if item.label is None else f"is labelled {item.label!r}"
-                raise SourceError(
-                    f"{item_name(item)} {what}; the classes of bundle {detector.path} are "
-                    f"{', '.join(detector.classes)}"
-                )
-            self.truth.append(places[item.label])
+        items = [slab.items[slab.readable[i]] for i in rows]
+        self.truth += [detector.class_of(item_name(item), item.label) for item in items]
 
     def _keep_extremes(self, score: Floats, items: list[Item]) -> None:
         rank = score if self._strange else -score
@@ -654,8 +647,14 @@ def _all_scores(detector: Detector, raw: Raw, judged: Judged) -> dict[str, Float
 def _level(
     detector: Detector, alpha: float, normal: Sample, outliers: Mapping[str, Sample]
 ) -> Level:
-    low, high = conformal.false_alarm_band(
-        alpha, detector.manifest.calibration_n, len(normal), confidence=detector.confidence
+    # By class the promise holds for the images of each, and the widest band holds all of them.
+    sizes = {len(scores) for scores, _ in detector.calibration.per_class()}
+    low, high = max(
+        (
+            conformal.false_alarm_band(alpha, n, len(normal), confidence=detector.confidence)
+            for n in sizes
+        ),
+        key=lambda band: band[1],
     )
     return Level(
         alpha,

@@ -22,7 +22,7 @@ import click
 import msgspec
 import numpy as np
 
-from anomalyd.errors import AnomalydError, MissingExtra, UsageError
+from anomalyd.errors import AnomalydError, MissingExtra, UsageError, printable
 
 __all__ = [
     "FORMATS",
@@ -66,12 +66,14 @@ def file_format(path: Path) -> str:
     """The format that a file's name asks for.
 
     Raises:
-        UsageError: an extension that is none of .parquet, .jsonl and .csv.
+        UsageError: an extension that is none of .parquet, .jsonl and .csv, or a folder there.
         MissingExtra: Parquet without pyarrow, told before anything is scored.
     """
     kind = FILES.get(path.suffix.lower())
     if kind is None:
         raise UsageError(f"--output {path}: the name must end in {', '.join(FILES)}")
+    if path.is_dir():
+        raise UsageError(f"--output {path}: a folder is there; name a file")
     if kind == "parquet":
         try:
             import pyarrow.parquet  # noqa: F401
@@ -295,10 +297,10 @@ class _Table:
 
     def _line(self, row: Row) -> str:
         index = row["index"]
-        name = row["source"] if index is None else f"{row['source']}#{index}"
+        name = printable(row["source"] if index is None else f"{row['source']}#{index}")
         if "error" in row:
             verdict = self._style(f"{'unreadable':<{self.WIDTH}}", "yellow")
-            return f"{'-':>10}  {verdict}{'-':>10}  {'-':>9}  {name}: {row['error']}\n"
+            return f"{'-':>10}  {verdict}{'-':>10}  {'-':>9}  {name}: {printable(row['error'])}\n"
         said = "OUTLIER" if row["outlier"] else row.get("label") or row.get("reason") or "normal"
         verdict = f"{said[: self.WIDTH - 1]:<{self.WIDTH}}"
         if row["outlier"]:

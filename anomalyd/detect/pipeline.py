@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from anomalyd.detect.texture import Texture
     from anomalyd.sources import Item
 
-__all__ = ["Collected", "Slab", "collect", "item_name", "maps_of", "scored"]
+__all__ = ["Collected", "Slab", "collect", "item_name", "maps_of", "none_readable", "scored"]
 
 AHEAD = 4
 LARGEST_SLAB = 8  # times the session's batch: hand-overs between threads cost little then
@@ -98,6 +98,12 @@ class Collected:
 def item_name(item: Item) -> str:
     """`path`, or `path#index` in a file of many images."""
     return item.source if item.index is None else f"{item.source}#{item.index}"
+
+
+def none_readable(errors: Sequence[tuple[str, object]]) -> str:
+    """What to say of a source where that is all, and of its first image."""
+    first = "; the first, {}: {}".format(*errors[0]) if errors else ""
+    return f"none of its images can be read{first}"
 
 
 def maps_of(slab: Slab) -> list[NDArray[np.float32]]:
@@ -183,8 +189,12 @@ def collect(
     *,
     texture: Texture | None = None,
     progress: Callable[[int], object] | None = None,
+    errors: list[tuple[str, ImageError]] | None = None,
 ) -> Collected | None:
     """Score a whole source and keep its raw scores, hashes and names, never its images.
+
+    Args:
+        errors: a list to put (name, error) of what could not be read in, also where that is all.
 
     Returns:
         None where not one image could be read; see `scored` for the rest.
@@ -192,7 +202,7 @@ def collect(
     names: list[str] = []
     groups: list[str | None] = []
     labels: list[str | None] = []
-    errors: list[tuple[str, ImageError]] = []
+    errors = [] if errors is None else errors
     raws: list[Raw] = []
     hashes: list[NDArray[np.uint64]] = []
     for slab in scored(session, spec, items, texture=texture, hashes=True):

@@ -81,7 +81,7 @@ def histogram(result: Evaluated, detector: Detector) -> str:
     rows = max(1, len(names))
     with _figure(WIDTH, max(2.6, 0.6 + rows)) as (figure, svg):
         grid = figure.subplots(rows, 1, sharex=True, squeeze=False)[:, 0]
-        threshold = _threshold(detector, result.alpha)
+        threshold = detector.calibration.threshold(result.alpha)
         for number, axes in enumerate(grid):
             _draw_histogram(axes, result, result.score, names[number : number + 1], number)
             axes.set_yticks([])
@@ -167,8 +167,11 @@ def risk_plot(found: Classification) -> str:
 
 
 def calibration_plot(result: Evaluated, detector: Detector) -> str:
-    """How often p-values of normal images are t or less, against t, with what chance allows."""
-    n, m = detector.manifest.calibration_n, len(result.normal)
+    """How often p-values of normal images are t or less, against t, with what chance allows.
+
+    Where verdicts have labels, chance allows anything from 0 to what it does in the rarest class.
+    """
+    n, m = detector.calibrated_on, len(result.normal)
     table = conformal.p_table(n, detector.confidence)
     t = table[_steps(n, 60)]
     observed = np.searchsorted(np.sort(result.normal.p_values), t, side="right") / m
@@ -183,6 +186,8 @@ def calibration_plot(result: Evaluated, detector: Detector) -> str:
                     for alpha in np.minimum(t, 1 - 1e-12).tolist()
                 ]
             )
+            if detector.labels:
+                low = np.zeros_like(low)
             for axes in (linear, logarithmic):
                 axes.fill_between(
                     t, low, high, color=colour, linewidth=0, label=f"{100 * coverage:g} % of runs"
@@ -237,11 +242,6 @@ def _range(normal: Floats, others: list[Floats]) -> tuple[float, float]:
     most = max([float(high), *(end for _, end in tails)])
     left, right = max(least, float(low) - 3 * unit), min(most, float(high) + 3 * unit)
     return (left, right) if right > left else (left - unit, right + unit)
-
-
-def _threshold(detector: Detector, alpha: float) -> float | None:
-    """What a score must exceed to be flagged; None where nothing is, or everything."""
-    return detector.calibration.threshold(alpha)
 
 
 def _steps(last: int, points: int = POINTS) -> NDArray[np.intp]:

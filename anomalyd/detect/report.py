@@ -105,14 +105,18 @@ def check_report(path: Path) -> None:
     """See that a report can be made, before anything is scored for it.
 
     Raises:
-        UsageError: a name that does not end in .html.
+        UsageError: a name that does not end in .html, or a folder there.
         MissingExtra: without matplotlib.
-        AnomalydError: no folder there.
+        AnomalydError: no folder there, or one that cannot be written to.
     """
     if path.suffix.lower() not in (".html", ".htm"):
         raise UsageError(f"--report {path}: a report is written as .html; name it so")
     if not path.absolute().parent.is_dir():
         raise AnomalydError(f"--report {path}: there is no folder {path.parent}; make it first")
+    if path.is_dir():
+        raise UsageError(f"--report {path}: a folder is there; name a file")
+    if not os.access(path.absolute().parent, os.W_OK):
+        raise AnomalydError(f"--report {path}: its folder cannot be written to; name another")
     plots.require_matplotlib()
 
 
@@ -170,12 +174,15 @@ def html(
                 "same with few false alarms drawn out. Dashed: alpha. Dotted: chance.",
             )
         )
+    fall = "fall into the bands"
+    if detector.labels:
+        fall = "stay below the ends of the bands, which are those of the rarest class,"
     sections += [
         "<h2>Are p-values what they promise?</h2>"
         + _figure(
             plots.calibration_plot(result, detector),
             "How often the p-value of a normal image is t or less. Of a promise that holds, 95 % "
-            "and 99.9 % of runs fall into the bands at any one t (beta-binomial). Above them: "
+            f"and 99.9 % of runs {fall} at any one t (beta-binomial). Above them: "
             "these normal images are stranger than the calibration images were.",
         ),
         _images(result, detector, masks or {}, thumbnails=thumbnails),

@@ -176,13 +176,13 @@ class Sampler:
             raise UsageError(f"a temperature must be a positive number, not {temperature}")
         open_, start = np.ones(self._shape, bool), np.zeros(self._shape, np.int64)
         if complete is not None:
-            open_ = ~self.kept(keep)
             if complete.shape != self._shape:
                 raise UsageError(
                     f"--complete: an image of {_size(complete.shape)} (height x width x channels) "
                     f"cannot be completed by {self.where}, which draws {_size(self._shape)}; give "
                     "one of that size"
                 )
+            open_ = ~self.kept(keep)
             start[~open_] = (complete.astype(np.int64) * self.spec.levels // 256)[~open_]
         chosen = self.method(method)
         # One stream of noise, read in two places: for the values, and after all those.

@@ -215,10 +215,11 @@ def score_rows(
         flips=scoring.flips,
         workers=workers,
     ):
-        yield _slab_rows(detector, slab, scoring)
-        summary.unfamiliar += 0 if slab.raw is None else detector.unfamiliar(slab.raw)
+        # Before its rows are journaled: a resumed run goes on behind them.
         if maps is not None:
             _write_maps(slab, maps, first)
+        yield _slab_rows(detector, slab, scoring)
+        summary.unfamiliar += 0 if slab.raw is None else detector.unfamiliar(slab.raw)
         first += len(slab.items)
         progress(len(slab.items))
 
@@ -332,14 +333,18 @@ def _make_folder(detector: Detector, folder: Path) -> None:
 
 
 def _write_maps(slab: Slab, folder: Path, first: int) -> None:
-    """ROW-NAME.png for each readable image, ROW counting inputs from 0."""
+    """ROW-NAME.png for each readable image, ROW counting inputs from 0.
+
+    Of a long NAME the first 160 bytes: that is what file systems count, and at most 255.
+    """
     if slab.raw is None or slab.raw.nll_map is None:
         return
     try:
         for i, place in enumerate(slab.readable.tolist()):
             item = slab.items[place]
             index = "" if item.index is None else f"-{item.index}"
-            path = folder / f"{first + place:06d}-{Path(item.source).stem[:80]}{index}.png"
+            name = Path(item.source).stem.encode()[:160].decode(errors="ignore")
+            path = folder / f"{first + place:06d}-{name}{index}.png"
             part = path.with_suffix(".part")
             part.write_bytes(heatmap_png(slab.pixels[i], slab.raw.nll_map[i]))
             os.replace(part, path)

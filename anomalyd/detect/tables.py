@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from anomalyd.detect import conformal
 from anomalyd.detect.manifest import OUTPUTS, Manifest
 from anomalyd.detect.npz import pack_arrays, unpack_arrays
 from anomalyd.detect.statistics import BY_CLASS, BY_CODE, Fit
@@ -26,6 +27,8 @@ __all__ = [
 
 SLACK = 1e-3
 """How far float32 posteriors may be from summing to 1."""
+ROUNDING = 1e-6
+"""How far below its confidence a p-value may hold, for whoever computes quantiles otherwise."""
 
 _CALIBRATION = {
     "fit_nll": ("<f8", 1),
@@ -278,11 +281,23 @@ def _conformal_rules(c: Calibration, manifest: Manifest) -> _Rules:
             ranks = np.arange(1, count + 2) / (count + 1)
             fine = (np.abs(table - ranks) <= 1e-12).all()
             yield fine, "a marginal p_table must be r / (n + 1)"
+        else:
+            yield table[-1] == 1, f"a conditional p_table must end with 1, not {table[-1]:g}"
+            yield _holds(table, manifest.guarantee["confidence"])
         yield (
             alpha >= smallest * (1 - 1e-12),
             f"the smallest p-value is {smallest:g}, so at default_alpha {alpha:g} nothing is "
             "flagged",
         )
+
+
+def _holds(table: NDArray[np.float64], confidence: float | None) -> tuple[bool, str]:
+    found = conformal.confidences(table)
+    worst = int(found.argmin())
+    return confidence is not None and found[worst] >= confidence - ROUNDING, (
+        f"a conditional p_table must hold with the confidence {confidence} of its guarantee: "
+        f"rank {worst + 1} of {len(found)} holds with {found[worst]:.6g}"
+    )
 
 
 def _class_rules(c: Calibration, classes: int) -> _Rules:

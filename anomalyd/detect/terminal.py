@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from anomalyd.detect.conformal import round_up
+
 if TYPE_CHECKING:
     from anomalyd.detect.bundle import Bundle
     from anomalyd.detect.classification import Classification
@@ -197,8 +199,9 @@ def _density_lines(content: Bundle) -> dict[str, str]:
         "likelihood": manifest.likelihood,
         "bits/dim": bits or "not measured",
         "score": manifest.score_name,
-        "alpha": f"{manifest.default_alpha:g} by default, {content.calibration.smallest:.3g} "
-        f"at the smallest ({manifest.calibration_n:,} calibration images)",
+        "alpha": f"{round_up(manifest.default_alpha):g} by default, "
+        f"{round_up(content.calibration.smallest):g} at the smallest "
+        f"({manifest.calibration_n:,} calibration images)",
         "guarantee": promise(manifest.guarantee["confidence"])
         + ", if live normal images are exchangeable with the calibration images",
     }

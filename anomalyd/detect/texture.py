@@ -227,7 +227,11 @@ class Texture:
         return surprise
 
     def _parts(self, field: Field, surprise: Floats) -> NDArray[np.float64]:
-        """Both parts of the score, (2,): the mean of exp(surprise) is near 1 at any size."""
+        """Both parts of the score, (2,).
+
+        Shares are uniform over normal pixels, and the mean of 1 / share over n of them is about
+        log n: the first part grows with the size of a photograph, but as log log n.
+        """
         direction = int(self.direction[0])
         step = 0.0 if direction == grain.NO_GRAIN else field.grain[direction].step
         return np.array([_log_mean_exp(surprise), step])

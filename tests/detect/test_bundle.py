@@ -23,6 +23,7 @@ from anomalyd.detect.bundle import (
     Calibration,
     Golden,
     find_bundles,
+    glance,
     pack_calibration,
     pack_golden,
     read_bundle,
@@ -187,6 +188,39 @@ class TestFinding:
         (tmp_path / "notes").mkdir()
         (tmp_path / "README.md").touch()
         assert find_bundles(tmp_path) == [tmp_path / "a", tmp_path / "b"]
+
+    @pytest.mark.parametrize("read", [find_bundles, read_bundle, glance])
+    @pytest.mark.parametrize("place", ["/", ".", "x" * 253, "x" * 300])
+    def test_odd_places_end_in_one_line(self, tmp_path, monkeypatch, read, place):
+        """The root folder, by name or from within, and names too long for what stands beside."""
+        monkeypatch.chdir("/" if place == "." else tmp_path)
+        if read is find_bundles and place in ("/", "."):
+            assert find_bundles(place) == []
+            return
+        with pytest.raises(BundleError) as caught:
+            read(place)
+        tiny.check_line(caught.value)
+
+    def test_nothing_is_written_to_odd_places(self):
+        """The root folder is not replaced, whatever was asked."""
+        bundle = read_bundle(FORMAT_1)
+        files = {name: bundle.read(name) for name in bundle.manifest.files}
+        for replace in (False, True):
+            with pytest.raises(BundleError):
+                write_bundle("/", bundle.manifest, files, replace=replace)
+
+    def test_a_folder_that_may_not_be_entered_is_named(self, tmp_path, monkeypatch):
+        """Nor does it hide the bundles beside it."""
+        path = tiny.tiny_bundle(tmp_path)
+        (tmp_path / "locked").mkdir(mode=0)
+        assert find_bundles(tmp_path) == [path]
+
+        def refuses(*_):
+            raise PermissionError(13, "Permission denied")
+
+        monkeypatch.setattr(Path, "iterdir", refuses)
+        with pytest.raises(BundleError, match="cannot be listed: Permission denied"):
+            find_bundles(tmp_path)
 
     def test_a_missing_folder_is_an_error(self, tmp_path):
         """A mistyped path is not a folder without bundles."""

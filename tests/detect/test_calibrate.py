@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -9,9 +10,9 @@ import pytest
 import tiny
 
 from anomalyd import Detector
-from anomalyd.detect.bundle import read_bundle
+from anomalyd.detect.bundle import pack_calibration, read_bundle, write_bundle
 from anomalyd.detect.calibrate import calibrate, calibration_half
-from anomalyd.errors import CalibrationError, SourceError, UsageError
+from anomalyd.errors import BundleError, CalibrationError, SourceError, UsageError
 from anomalyd.images import content_hash
 from anomalyd.sources import open_source
 
@@ -67,6 +68,33 @@ def test_confidence_is_stored_and_kept(path, source_of):
     assert read_bundle(path).manifest.guarantee == {"kind": "marginal", "confidence": None}
 
 
+@pytest.mark.parametrize("confidence", [0.1, 0.5, 0.95, 1 - 1e-9])
+def test_every_confidence_gives_a_bundle_that_is_read(path, source_of, confidence):
+    """Its table is held to the confidence it claims, and its default alpha can flag."""
+    calibrate(path, source_of(tiny.draw(41, seed=77)), confidence=confidence, device="cpu")
+    detector = Detector.load(path, device="cpu")
+    assert detector.confidence == confidence
+    assert detector.score(np.full((4, 4), 255, np.uint8)).outlier
+
+
+def test_a_table_that_promises_less_than_its_confidence_is_refused(path, source_of):
+    """A tenth of a percent is enough; so is a table that does not end with 1."""
+    calibrate(path, source_of(tiny.draw(60, seed=78)), confidence=0.95, device="cpu")
+    bundle = read_bundle(path)
+    files = {name: bundle.read(name) for name in bundle.manifest.files}
+    table = bundle.calibration.p_table
+    for place, by, says in (
+        (20, 0.999, "rank 21 of 60 holds with 0.94"),
+        (60, 0.9999, "end with 1, not 0.9999"),
+    ):
+        changed = table.copy()
+        changed[place] *= by
+        calibration = dataclasses.replace(bundle.calibration, p_table=changed)
+        files["calibration.npz"] = pack_calibration(calibration)
+        with pytest.raises(BundleError, match=says):
+            write_bundle(path, bundle.manifest, files, replace=True)
+
+
 def test_training_images_are_refused_one_by_one(path, source_of):
     """Seen images are counted and named, and calibrate nothing."""
     images = np.concatenate([tiny.draw(400, seed=1)[:25], tiny.draw(100, seed=73)])
@@ -107,6 +135,16 @@ def test_refit_needs_images_in_both_halves(path, source_of):
         calibrate(path, source_of(tiny.draw(12, seed=75)), refit=True, device="cpu")
 
 
+def test_a_handful_of_images_does_not_replace_a_calibration(path, source_of):
+    """One image would be a table of two p-values, 0.5 and 1: ten it takes, and nothing changes."""
+    before = (path / "manifest.json").read_bytes()
+    with pytest.raises(CalibrationError, match=r"9 images are left .* and 10 are needed"):
+        calibrate(path, source_of(tiny.draw(9, seed=79)), device="cpu")
+    assert (path / "manifest.json").read_bytes() == before
+    done = calibrate(path, source_of(tiny.draw(10, seed=79)), device="cpu")
+    assert (done.default_alpha, done.needed) == (1 / 11, 99)
+
+
 def test_halves_never_tear_a_group_or_a_copy():
     """One group, one half; without groups the content decides, so copies stay together."""
     rng = np.random.default_rng(0)
@@ -141,7 +179,9 @@ def test_nothing_readable_is_an_error(path, tmp_path):
     folder = tmp_path / "images"
     folder.mkdir()
     (folder / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n")
-    with pytest.raises(SourceError, match="none of its images can be read"):
+    with pytest.raises(
+        SourceError, match=r"none of its images can be read; the first, .*a\.png: "
+    ):
         calibrate(path, open_source(folder), device="cpu")
 
 

@@ -97,9 +97,9 @@ def test_confidence_holds_for_the_calibration_set_at_hand():
 @pytest.mark.parametrize("n", [1, 2, 10, 299, 3000])
 @pytest.mark.parametrize("confidence", [0.5, 0.95, 0.99])
 def test_conditional_table_matches_scipy(n, confidence):
-    """Rank r of the conditional table is scipy's C-quantile of Beta(r, n + 1 - r)."""
+    """Rank r has scipy's C-quantile of Beta(r, n + 1 - r), or r / (n + 1) if that is larger."""
     rank = np.arange(1, n + 1)
-    expected = stats.beta.ppf(confidence, rank, n + 1 - rank)
+    expected = np.maximum(stats.beta.ppf(confidence, rank, n + 1 - rank), rank / (n + 1))
     table = conformal.p_table(n, confidence)
     np.testing.assert_allclose(table[:-1], expected, rtol=1e-10)
     assert table[-1] == 1
@@ -142,12 +142,57 @@ def test_one_over_an_integer_needs_one_image_less(k):
     assert conformal.images_needed(1 / k) == k - 1
 
 
-@pytest.mark.parametrize("confidence", CONFIDENCES)
-def test_smallest_alpha_is_the_first_entry_of_the_table(confidence):
-    """What is promised to be reachable is what the table can give."""
-    for n in (1, 7, 99, 1000):
+@given(st.floats(-12, 0, exclude_max=True), st.sampled_from([*CONFIDENCES, 0.1, 1 - 1e-9]))
+def test_images_needed_for_any_alpha(exponent, confidence):
+    """Down to 1e-12 they are counted to the last one, and at once."""
+    alpha = min(max(10**exponent, 1e-12), 1 - 1e-9)
+    images = conformal.images_needed(alpha, confidence)
+    assert conformal.smallest_alpha(images, confidence) <= alpha
+    assert images == 1 or conformal.smallest_alpha(images - 1, confidence) > alpha
+
+
+@pytest.mark.parametrize("confidence", [*CONFIDENCES, 0.1, 0.5, 0.9, 1 - 1e-9])
+def test_the_default_alpha_can_flag_something(confidence):
+    """To the last bit: the table's first entry is the smallest alpha, and no default is below."""
+    for n in range(1, 501):
         table = conformal.p_table(n, confidence)
-        assert conformal.smallest_alpha(n, confidence) == pytest.approx(table[0], rel=1e-12)
+        assert table[0] == conformal.smallest_alpha(n, confidence)
+        assert table[0] <= conformal.default_alpha(n, confidence)
+        assert (np.diff(table) > 0).all()
+
+
+@pytest.mark.parametrize("confidence", [1e-9, 0.1, 0.5, 0.632, 0.64])
+def test_no_confidence_promises_less_than_the_average(confidence):
+    """Quantiles below r / (n + 1) would: where C is small the table is the marginal one."""
+    for n in (10, 299):
+        table, marginal = conformal.p_table(n, confidence), conformal.p_table(n)
+        assert (table >= marginal).all()
+        assert (table == marginal).all() == (confidence <= 0.1)
+
+
+@pytest.mark.parametrize("confidence", [0.5, 0.95, 1 - 1e-9])
+def test_a_table_holds_at_its_confidence(confidence):
+    """`confidences` is the law that `p_table` was made by, as scipy has it."""
+    for n in (1, 20, 3000):
+        table = conformal.p_table(n, confidence)
+        found, rank = conformal.confidences(table), np.arange(1, n + 1)
+        expected = stats.beta.cdf(table[:-1], rank, n + 1 - rank)
+        np.testing.assert_allclose(found, expected, atol=1e-10)
+        assert (found >= confidence - 1e-9).all()
+
+
+def test_a_table_is_made_once_and_cannot_be_changed():
+    """Many bands are drawn from one table."""
+    assert conformal.p_table(300, 0.95) is conformal.p_table(300, 0.95)
+    with pytest.raises(ValueError, match="read-only"):
+        conformal.p_table(300, 0.95)[0] = 0
+
+
+@given(st.floats(1e-12, 0.5))
+def test_rounding_up_is_never_below(alpha):
+    """What is printed can be asked for, and is no more than 1 % above."""
+    printed = float(f"{conformal.round_up(alpha):g}")
+    assert alpha <= printed == conformal.round_up(alpha) <= 1.0101 * alpha
 
 
 def test_default_alpha():
@@ -171,10 +216,10 @@ def test_unreachable_alpha_names_the_images_still_needed():
                 assert conformal.check_alpha(hint, n, confidence) == hint
 
 
-@pytest.mark.parametrize("alpha", [0.0, 1.0, -1.0, 5e-324, math.nan])
+@pytest.mark.parametrize("alpha", [0.0, 1.0, -1.0, 5e-324, 9.19e-32, 9e-13, math.nan])
 def test_alpha_outside_the_unit_interval_is_refused(alpha):
-    """0 and 1 are no rates of false alarms; NaN is none either."""
-    with pytest.raises(UsageError, match="alpha must lie between 0 and 1"):
+    """0 and 1 are no rates of false alarms; NaN is none either, nor what rounding swallows."""
+    with pytest.raises(UsageError, match="alpha must lie between 0 and 1, and be at least 1e-12"):
         conformal.check_alpha(alpha, 100)
 
 
@@ -184,6 +229,8 @@ def test_nonsense_sizes_are_refused():
         conformal.p_table(0)
     with pytest.raises(UsageError, match="confidence must lie between"):
         conformal.p_table(10, 95)
+    with pytest.raises(UsageError, match=r"at most 1 - 1e-9, not 0\.9999999999; try 0\.95"):
+        conformal.p_table(10, 1 - 1e-10)
     with pytest.raises(UsageError, match="at least 1 test image"):
         conformal.false_alarm_band(0.05, 100, 0)
     with pytest.raises(UsageError, match="k <= n"):
@@ -270,6 +317,12 @@ def test_fewest_flags_is_the_published_formula():
     """ceil(m / (q (n + 1))), rounding included."""
     for n, m, q, flags in ((99, 1000, 0.1, 100), (5999, 10_000, 0.1, 17), (199, 21, 0.1, 2)):
         assert conformal.fewest_flags(q, n, m) == flags
+
+
+def test_flags_are_counted_for_no_rate_that_rounding_swallows():
+    """The same bound as for alpha: below, the count would never end."""
+    with pytest.raises(UsageError, match="a false discovery rate must lie between 0 and 1"):
+        conformal.fewest_flags(9.19e-32, 99, 1000)
 
 
 def test_nan_is_the_strangest_score():

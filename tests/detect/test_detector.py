@@ -21,7 +21,14 @@ from anomalyd import Detector
 from anomalyd.detect.bundle import Golden, pack_golden
 from anomalyd.detect.runtime import Raw, Session, available_cpus
 from anomalyd.detect.statistics import LARGEST, Fit, make_score, typicality
-from anomalyd.errors import AlphaUnreachable, BundleError, CorruptImage, UsageError, WrongSize
+from anomalyd.errors import (
+    AlphaUnreachable,
+    BundleError,
+    CorruptImage,
+    EmptyImage,
+    UsageError,
+    WrongSize,
+)
 
 
 @pytest.fixture(scope="module")
@@ -144,6 +151,26 @@ def test_no_verdict_holds_a_number_that_json_does_not_know(detector, nll):
     assert all(map(math.isfinite, numbers))
     assert verdict.outlier
     assert json.loads(json.dumps(verdict.to_dict(), allow_nan=False))
+
+
+def test_the_image_that_cannot_be_read_is_named(detector, tmp_path):
+    """By its path, or by its place where it has none."""
+    good = tiny.draw(1)[0]
+    with pytest.raises(CorruptImage, match=r"nope\.png: "):
+        detector.score([good, tmp_path / "nope.png"])
+    with pytest.raises(EmptyImage, match=r"^image 1: "):
+        detector.score([good, b""])
+    with pytest.raises(EmptyImage, match=r"^image is empty"):
+        detector.score(b"")
+
+
+def test_a_default_an_ulp_below_the_smallest_p_value_still_flags(tmp_path):
+    """Older bundles have such a default: the alpha is then what their calibration reaches."""
+    below = float(np.nextafter(1 / 21, 0))
+    detector = Detector.load(tiny.tiny_bundle(tmp_path, n=20, default_alpha=below), device="cpu")
+    verdict = detector.score(np.full((4, 4), 255, np.uint8))
+    assert verdict.outlier
+    assert verdict.alpha == verdict.p_value == 1 / 21 > below
 
 
 def test_alpha_is_the_default_or_checked(detector):

@@ -187,7 +187,7 @@ def test_many_seen_images_are_refused(detector, source_of):
 def test_nothing_readable_is_an_error(detector, tmp_path):
     """The set is named."""
     (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n")
-    with pytest.raises(SourceError, match=r"normal .*none of its images can be read"):
+    with pytest.raises(SourceError, match=r"normal .*none of .* the first, .*a\.png: "):
         evaluate(detector, open_source(tmp_path), {})
 
 

@@ -10,12 +10,13 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import tiny
+from PIL import Image
 
 from anomalyd import Detector
 from anomalyd.detect import output
 from anomalyd.detect.conformal import benjamini_hochberg
 from anomalyd.detect.output import Journal
-from anomalyd.detect.score import Scoring, score_to_file, score_to_stream
+from anomalyd.detect.score import Scoring, Summary, score_rows, score_to_file, score_to_stream
 from anomalyd.errors import AnomalydError, UsageError
 from anomalyd.sources import open_paths
 
@@ -204,10 +205,49 @@ def test_heatmaps_are_written_for_every_readable_image(detector, source, tmp_pat
     assert names[10] == "000011-c-0.png"
 
 
+def test_a_map_is_there_before_its_row(detector, source, tmp_path):
+    """What is journaled is not scored again by --resume: its map must be there by then."""
+    folder = tmp_path / "maps"
+    count = 0
+    for rows in score_rows(detector, source, Scoring(0.05, heatmaps=folder), Summary()):
+        count += len([row for row in rows if "error" not in row])
+        assert len(list(folder.iterdir())) == count
+    assert count == N - 1
+
+
+def test_long_names_of_maps_are_cut_by_the_bytes_that_a_disk_counts(detector, tmp_path):
+    """240 bytes of a name in 80 characters, and more, leave room for what is put around it."""
+    for name in ("\N{SMILING FACE WITH SUNGLASSES}" * 60, "a" * 250):
+        Image.fromarray(tiny.draw(1)[0, ..., 0]).save(tmp_path / f"{name}.png")
+        streamed(detector, open_paths([tmp_path / f"{name}.png"]), "csv", heatmaps=tmp_path / "m")
+    names = sorted(path.name for path in (tmp_path / "m").iterdir())
+    assert names[0] == f"000000-{'a' * 160}.png"
+    assert len(names) == 2
+
+
+def test_unprintable_names_are_escaped_in_a_table_alone(detector, tmp_path):
+    """A file name cannot draw on a terminal; files of rows have it as it is."""
+    path = tmp_path / "a\x1b[2Jb\n.png"
+    Image.fromarray(tiny.draw(1)[0, ..., 0]).save(path)
+    (tmp_path / "c\x07.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    paths = open_paths([path, tmp_path / "c\x07.png"])
+    table, _ = streamed(detector, paths, "table")
+    lines = table.split("\n")
+    assert lines[1].endswith(r"a\x1b[2Jb\n.png")
+    assert r"c\x07.png: " in lines[2]
+    assert table.replace("\n", "").isprintable()
+    text, _ = streamed(detector, paths, "jsonl")
+    assert json.loads(text.splitlines()[0])["source"] == str(path)
+
+
 def test_bad_places_are_told(detector, source, tmp_path):
     """A name without a known ending, a folder that is not there: one line each."""
     with pytest.raises(UsageError, match="the name must end in"):
         score_to_file(detector, source, Scoring(0.05), tmp_path / "rows.txt")
+    (tmp_path / "rows.csv").mkdir()
+    with pytest.raises(UsageError, match="a folder is there; name a file"):
+        score_to_file(detector, source, Scoring(0.05), tmp_path / "rows.csv")
+    assert not list(tmp_path.glob("*.part"))
     with pytest.raises(AnomalydError, match="cannot be written: No such file"):
         score_to_file(detector, source, Scoring(0.05), tmp_path / "none" / "rows.csv")
     (tmp_path / "file").write_text("")

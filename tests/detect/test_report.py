@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import os
 import re
 import sys
 from html.parser import HTMLParser
@@ -221,7 +222,7 @@ def test_many_sets_and_infinite_scores_are_drawn(detector, sources):
     assert "max_pixel_nll" in plots.small_histograms(found)
 
 
-def test_the_file_appears_whole_or_not_at_all(result, detector, tmp_path):
+def test_the_file_appears_whole_or_not_at_all(result, detector, tmp_path, monkeypatch):
     """Written beside and renamed; a place that cannot be is told before anything is scored."""
     write_report(tmp_path / "x.html", result, detector)
     assert [path.name for path in tmp_path.iterdir()] == ["x.html"]
@@ -230,6 +231,12 @@ def test_the_file_appears_whole_or_not_at_all(result, detector, tmp_path):
     with pytest.raises(AnomalydError, match="there is no folder"):
         check_report(tmp_path / "none" / "x.html")
     (tmp_path / "folder.html").mkdir()
+    with pytest.raises(UsageError, match="a folder is there"):
+        check_report(tmp_path / "folder.html")
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "access", lambda *_: False)
+        with pytest.raises(AnomalydError, match="its folder cannot be written to"):
+            check_report(tmp_path / "x.html")
     with pytest.raises(AnomalydError, match="cannot be written"):
         write_report(tmp_path / "folder.html", result, detector)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder.html", "x.html"]

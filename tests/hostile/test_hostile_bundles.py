@@ -223,6 +223,10 @@ class TestManifest:
             ({"default_alpha": 0.001}, "so at default_alpha 0.001 nothing is flagged"),
             ({"guarantee": {"kind": "conditional", "confidence": None}}, "guarantee.confidence"),
             ({"guarantee": {"kind": "marginal", "confidence": 0.9}}, "guarantee.confidence"),
+            (
+                {"guarantee": {"kind": "conditional", "confidence": 0.95}},
+                "a conditional p_table must hold with the confidence 0.95 of its guarantee: rank ",
+            ),
             ({"statistics": ["a", "a"]}, "statistics must be different names"),
             ({"outputs": {"statistics": {"unit": "x"}}}, "at least log_likelihood and statistics"),
             ({"classes": []}, "classes must be different names"),
@@ -378,6 +382,22 @@ class TestKinds:
         path = tiny.tiny_autoencoder(tmp_path)
         tiny.put(path, name, tiny.tiny_sampler().SerializeToString())
         refused(path, f"{name}: belongs to a density, and kind is autoencoder; leave it out")
+
+    @pytest.mark.parametrize(
+        ("names", "absent"),
+        [
+            (["row.onnx"], "sampler.onnx"),
+            (["row.onnx", "sampler.onnx"], "step.onnx"),
+            (["step.onnx", "sampler.onnx"], "row.onnx"),
+            (["row.onnx", "step.onnx"], "sampler.onnx"),
+        ],
+    )
+    def test_a_cached_sampler_is_there_whole(self, tmp_path, names, absent):
+        """row.onnx and step.onnx together, beside sampler.onnx."""
+        path = tiny.tiny_bundle(tmp_path)
+        for name in names:
+            tiny.put(path, name, tiny.tiny_sampler().SerializeToString())
+        refused(path, f"{absent} is missing from the files in manifest.json: row.onnx and step")
 
     def test_every_graph_is_looked_at_before_it_is_run(self, tmp_path, capsys):
         """A sampler that holds what no graph may: `bundle verify` and `sample` refuse it."""

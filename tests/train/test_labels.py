@@ -14,7 +14,7 @@ from daemons import check_problem, encoded, serve
 from anomalyd.cli import main
 from anomalyd.detect.bayes import DOUBT
 from anomalyd.detect.bundle import read_bundle, write_bundle
-from anomalyd.detect.conformal import benjamini_hochberg, p_values
+from anomalyd.detect.conformal import benjamini_hochberg, false_alarm_band, p_values
 from anomalyd.detect.detector import Detector
 from anomalyd.detect.manifest import dump_manifest
 from anomalyd.errors import AlphaUnreachable, UsageError
@@ -238,14 +238,20 @@ def test_evaluate_measures_labels_beside_a_baseline(
     arguments += ["--outliers", f"mnist={fixture_data / 'mnist'}:test", "--format", "json"]
     arguments += ["--baseline", str(parts[0]), "--report", str(page), "--alpha", "0.2"]
     assert main(arguments) == 0
-    found = json.loads(capsys.readouterr().out)["classification"]
+    printed = json.loads(capsys.readouterr().out)
+    found = printed["classification"]
     items = list(open_source(data, split="test", labels=True))
-    verdicts = Detector.load(bayes, threads=1).score([item.payload for item in items], alpha=0.2)
+    detector = Detector.load(bayes, threads=1)
+    verdicts = detector.score([item.payload for item in items], alpha=0.2)
+    counts = detector.calibration.class_counts.tolist()
+    widest = max(false_alarm_band(0.2, n, len(items))[1] for n in counts)
     right = [
         max(v.posterior, key=v.posterior.get) == i.label
         for v, i in zip(verdicts, items, strict=True)
     ]
 
+    assert printed["false_alarm_rate"]["band"] == pytest.approx([0, widest], abs=1e-6)
+    assert widest > false_alarm_band(0.2, sum(counts), len(items))[1]
     assert found["accuracy"] == pytest.approx(np.mean(right))
     assert found["rejected"]["normal"]["rejected"] == pytest.approx(
         np.mean([v.rejected for v in verdicts])
@@ -256,6 +262,7 @@ def test_evaluate_measures_labels_beside_a_baseline(
     text = page.read_text()
     assert "Labels, and images that get none" in text
     assert "my-classifier" in text
+    assert "those of the rarest class" in text
 
 
 @pytest.mark.parametrize(
