@@ -190,6 +190,7 @@ def write(
         calibration, text, manifest, texture = _calibrated(
             trained, session, manifest, about, folder
         )
+        _warn_of_guesses(trained, float(np.median(calibration.fit_nll)))
         if texture is not None:
             files["texture.npz"] = texture.pack()
         if "sampler.onnx" in files:
@@ -219,6 +220,17 @@ def write(
         say(f"{out}: accuracy {test.accuracy:.4f} on the test split")
     else:
         say(f"{out}: {trained.outcome.validation:.4f} {model.unit} on the validation split")
+
+def _warn_of_guesses(trained: Trained, nll: float) -> None:
+    """Say of a density that gives held-out images no more than a uniform guess does."""
+    spec = trained.spec
+    bits = nll / (spec.height * spec.width * spec.channels * math.log(2))
+    guess = math.log2(spec.levels)
+    if bits >= guess:
+        say(
+            f"warning: {bits:.2f} bits/dim on held-out images, and a uniform guess has {guess:g}: "
+            "this density has learned nothing yet; train longer, with --epochs or --minutes"
+        )
 
 
 def _card(bundle: str) -> str:

@@ -31,7 +31,7 @@ from anomalyd.images import ImageSpec, decode
 from anomalyd.sources import open_source
 from anomalyd.train import loop
 from anomalyd.train.bundling import SPLITS, Trained, class_shares, graphs, samples, write
-from anomalyd.train.data import claim, classes_of, excluded, gather, reopen
+from anomalyd.train.data import TrainingData, claim, classes_of, excluded, gather, reopen
 from anomalyd.train.export import check_parity, outputs_of
 from anomalyd.train.models import assemble
 from anomalyd.train.progress import counting, say, training
@@ -58,6 +58,7 @@ if TYPE_CHECKING:
 __all__ = ["export", "train"]
 
 EASY_SIDE = 64
+SHOWN = 5  # images left out that are named, of many
 """Without --image-size larger images are refused: they would train for days by accident."""
 
 GREY_IMAGES = 16
@@ -326,9 +327,15 @@ def _run(job: _Job, out: Path, folder: Path, workers: Workers, *, device: str) -
     recipe = parse_recipe(job.recipe, f"recipe of {out.name}")
     spec = ImageSpec(**recipe.image)
     images = reopen(folder)
-    splits = split(images.hashes, images.groups, seed=recipe.train.seed)
+    try:
+        splits = split(images.hashes, images.groups, seed=recipe.train.seed)
+    except TrainingError as error:
+        if images.unreadable:
+            _say_unused(images)
+        raise error from None
     sizes = ", ".join(f"{name} {len(getattr(splits, name)):,}" for name in SPLITS)
-    say(f"{len(images.names):,} images: {sizes}")
+    same = "; validation and fit are the same" if splits.fit is splits.validation else ""
+    say(f"{len(images.names):,} images: {sizes}{same}")
     near = near_duplicates(images.pixels, splits)
     if near:
         say(
@@ -391,10 +398,19 @@ def _run(job: _Job, out: Path, folder: Path, workers: Workers, *, device: str) -
         folder=folder,
         init=job.init,
     )
-    for unreadable in images.unreadable:
-        say(f"not used: {unreadable}")
+    _say_unused(images)
     # torchrun takes any code but 0 for a death, and would start over.
     return 3 if images.unreadable and not workers.launched else 0
+
+
+def _say_unused(images: TrainingData) -> None:
+    """Name what was left out, the first few of many: the rest is left out likewise."""
+    unused = images.unreadable
+    for unreadable in unused[:SHOWN]:
+        say(f"not used: {unreadable}")
+    if len(unused) > SHOWN:
+        total = len(unused) + len(images.names)
+        say(f"not used: {len(unused) - SHOWN:,} more, {len(unused):,} of {total:,} images in all")
 
 
 def _check_classes(labels: NDArray[np.int64], classes: list[str]) -> None:
