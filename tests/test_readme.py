@@ -42,6 +42,7 @@ LOCAL = [(c, o) for c, o in commands() if c.startswith("anomalyd ") and "serve" 
 LOCAL = [(c, o) for c, o in LOCAL if FAR not in c]
 CURLS = [(c, o) for c, o in commands() if c.startswith("curl ")]
 SKIPPED = (
+    "python3 -m venv ",
     "make ",
     "pip install",
     "anomalyd serve",

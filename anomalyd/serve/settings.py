@@ -57,8 +57,8 @@ class ServeSettings:
     queue_bytes: int = setting(256 << 20, help="decoded images waiting for a model, bytes", low=1)
     queue_wait: float = setting(
         0.1,
-        help="who would be answered later, by the pace of the last runs, is refused at once with "
-        "503, seconds; a model that takes long has room for four images all the same",
+        help="a request that would be answered later, by the pace of the last runs, is refused at "
+        "once with 503, seconds; a model that takes long has room for four images all the same",
         low=0,
     )
     body_timeout: float = setting(
