@@ -255,11 +255,23 @@ def export(bundle: Path) -> int:
     metavar="C",
     help="Promise the rate for this calibration set, with confidence C  [default: on average]",
 )
+@click.option(
+    "--alpha",
+    type=float,
+    metavar="A",
+    help="Decide at this rate of false alarms by default  [default: 0.01]",
+)
 @click.option("--refit", is_flag=True, help="Fit the score anew, too, on a separate half of DATA.")
 @group
 @device
 def calibrate(
-    bundle: Path, data: str, confidence: float | None, refit: bool, group: str | None, device: str
+    bundle: Path,
+    data: str,
+    confidence: float | None,
+    alpha: float | None,
+    refit: bool,
+    group: str | None,
+    device: str,
 ) -> int:
     """Redo the promise of BUNDLE on the normal images in DATA, which training has not seen."""
     from anomalyd.detect.bundle import read_bundle
@@ -277,6 +289,7 @@ def calibrate(
             bundle,
             source,
             confidence=confidence,
+            alpha=alpha,
             refit=refit,
             device=device,
             progress=advance,
@@ -291,7 +304,7 @@ def calibrate(
     _say(f"calibrated {bundle} on {done.n} images: {promise(done.confidence)}")
     default, smallest = round_up(done.default_alpha), round_up(done.smallest_alpha)
     _say(f"default alpha {default:g}, smallest {smallest:g}")
-    if done.default_alpha > DEFAULT_ALPHA:
+    if alpha is None and done.default_alpha > DEFAULT_ALPHA:
         each = " of each class" if by_class else ""
         _say(f"for an alpha of {DEFAULT_ALPHA} calibrate with {done.needed} images{each}")
     return UNREADABLE if done.unreadable else 0

@@ -61,6 +61,7 @@ def calibrate(
     source: Source,
     *,
     confidence: float | None = None,
+    alpha: float | None = None,
     refit: bool = False,
     device: str = "auto",
     progress: Callable[[int], object] | None = None,
@@ -71,6 +72,7 @@ def calibrate(
         path: the bundle, which is replaced whole or not at all.
         source: normal images; training images among them are refused one by one.
         confidence: C for "with confidence C over calibration sets"; None for "on average".
+        alpha: the bundle's default from now on; None for 0.01, or the smallest that there is.
         refit: also renew what the fit split holds, from a half of the images that is then not
             used for calibration; groups, where the source has them, are never torn apart.
         device: as for `Detector.load`.
@@ -81,10 +83,12 @@ def calibrate(
             class; an image without a class or of a class that the bundle does not know.
         SourceError: not one image can be read.
         BundleError: the bundle is broken or cannot be written.
-        UsageError: a confidence outside (0, 1 - 1e-9], a refit of a bundle that has a texture.
+        AlphaUnreachable: an alpha that takes more images than these.
+        UsageError: a confidence outside (0, 1 - 1e-9], an alpha outside [1e-12, 1), a refit of a
+            bundle that has a texture.
     """
-    if confidence is not None:
-        conformal.smallest_alpha(1, confidence)  # a wrong one is told before images are read
+    # What is wrong in itself is told before images are read.
+    conformal.images_needed(conformal.DEFAULT_ALPHA if alpha is None else alpha, confidence)
     detector = Detector.load(path, device=device)
     if refit and detector.texture is not None:
         raise UsageError(
@@ -128,7 +132,10 @@ def calibrate(
             f"{source.name}: {fewest} images{of} are left to calibrate on, and {FEWEST} are "
             "needed; give more normal images"
         )
-    alpha = conformal.default_alpha(fewest, confidence)
+    if alpha is None:
+        alpha = conformal.default_alpha(fewest, confidence)
+    else:
+        conformal.check_alpha(alpha, fewest, confidence)
     _write(detector, calibration, alpha, confidence)
     return Calibrated(
         n=n,

@@ -221,6 +221,7 @@ def write(
     else:
         say(f"{out}: {trained.outcome.validation:.4f} {model.unit} on the validation split")
 
+
 def _warn_of_guesses(trained: Trained, nll: float) -> None:
     """Say of a density that gives held-out images no more than a uniform guess does."""
     spec = trained.spec

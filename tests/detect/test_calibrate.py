@@ -12,7 +12,13 @@ import tiny
 from anomalyd import Detector
 from anomalyd.detect.bundle import pack_calibration, read_bundle, write_bundle
 from anomalyd.detect.calibrate import calibrate, calibration_half
-from anomalyd.errors import BundleError, CalibrationError, SourceError, UsageError
+from anomalyd.errors import (
+    AlphaUnreachable,
+    BundleError,
+    CalibrationError,
+    SourceError,
+    UsageError,
+)
 from anomalyd.images import content_hash
 from anomalyd.sources import open_source
 
@@ -54,6 +60,17 @@ def test_a_new_table_from_new_normals(path, source_of):
     assert after.model == before.model
     assert set(after.manifest.files) == set(before.manifest.files)
     assert after.read("weights.safetensors") == before.read("weights.safetensors")
+
+
+def test_a_site_chooses_the_alpha_it_decides_at(path, source_of):
+    """From then on it is the default; one that takes more images leaves the bundle as it was."""
+    calibrate(path, source_of(tiny.draw(60, seed=70)), alpha=0.05, device="cpu")
+    assert Detector.load(path, device="cpu").alpha(None) == 0.05
+    with pytest.raises(AlphaUnreachable, match="needs 99 calibration images"):
+        calibrate(path, source_of(tiny.draw(60, seed=70)), alpha=0.01, device="cpu")
+    with pytest.raises(UsageError, match="alpha must lie between 0 and 1"):
+        calibrate(path, source_of(tiny.draw(60, seed=70)), alpha=1.5, device="cpu")
+    assert read_bundle(path).manifest.default_alpha == 0.05
 
 
 def test_confidence_is_stored_and_kept(path, source_of):
