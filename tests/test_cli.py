@@ -276,7 +276,7 @@ def test_a_photograph_is_not_completed_by_a_density_of_tiles(run, images, tmp_pa
     command = ["sample", path, "--output", tmp_path / "x.png", "--complete"]
     code, _, err = run(*command, tmp_path / "large.png")
     assert (code, err.count("\n")) == (2, 1)
-    assert "the image is 9x12x1, and" in err
+    assert "an image of 9x12x1" in err
 
 
 def test_a_report_that_cannot_be_written_loses_no_evaluation(run, bundle, images, monkeypatch):

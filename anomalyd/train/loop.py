@@ -42,6 +42,10 @@ VALIDATION_IMAGES = 1_000
 """A validation reads at most this many images: a mean over more would cost more than it tells."""
 
 
+GAIN = 1e-4
+"""What a validation must gain on the last that did, for patience to begin anew."""
+
+
 class Progress(Protocol):
     """What the loop tells whoever watches."""
 
@@ -243,7 +247,8 @@ class _Run:
             torch._dynamo.config.suppress_errors = True
             self.loss = torch.compile(model.loss, dynamic=False)
         self.step = self.budget = self.bad = 0
-        self.best_loss, self.images_per_second = math.inf, 0.0
+        self.best_loss = self.bar = math.inf
+        self.images_per_second = 0.0
         self.epoch_order = (-1, self.rows)
         self.machines = [_machine(device)]
         self.stopwatch = _Stopwatch()
@@ -356,9 +361,12 @@ class _Run:
         ]
         loss = self.workers.total(math.fsum(value.item() for value in losses))
         loss /= len(self.validation)
-        if loss < self.best_loss - 1e-4:
+        # The last steps of a run gain little each, and all are kept; patience asks for more.
+        if loss < self.best_loss:
             self.best.load_state_dict(averaged.state_dict())
-            self.best_loss, self.bad = loss, 0
+            self.best_loss = loss
+        if loss < self.bar - GAIN:
+            self.bar, self.bad = loss, 0
         else:
             self.bad += 1
         if not self.workers.first:
@@ -385,6 +393,7 @@ class _Run:
             "budget": self.budget,
             "bad": self.bad,
             "best": self.best_loss if math.isfinite(self.best_loss) else None,
+            "bar": self.bar if math.isfinite(self.bar) else None,
             "seconds": self.stopwatch.total(),
             "machines": self.machines,
         }
@@ -401,6 +410,7 @@ class _Run:
         progress = checkpoint.load(self.checkpoint, self.modules(), self.optimizers)
         self.step, self.budget, self.bad = progress["step"], progress["budget"], progress["bad"]
         self.best_loss = math.inf if progress["best"] is None else progress["best"]
+        self.bar = self.best_loss if progress.get("bar") is None else progress["bar"]
         self.stopwatch.before = progress["seconds"]
         # A run that has taken all its steps only writes its bundle here.
         here = self.machines if self.step < self.budget and not self.stopped else []
