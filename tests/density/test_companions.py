@@ -78,7 +78,7 @@ def test_weights_move_in_and_out_of_companions():
     vae = VAE(SHAPE, latent=3)
     assert set(start_from(vae, density.state_dict())) == set(vae.state_dict())
     assert torch.equal(vae.encoder.code.weight, density.vae.encoder.code.weight)
-    with pytest.raises(TrainingError, match="no weight"):
+    with pytest.raises(TrainingError, match="no kernel"):
         start_from(VAE(SHAPE, features=7, latent=5), {"main.x": torch.zeros(1)})
 
 

@@ -86,7 +86,6 @@ def test_sample_draws_a_class_from_the_command_line(conditional, tmp_path, capsy
     [
         (["--label", "boot"], "no such class"),
         (["--complete", "tests/fixtures/images/boot.png"], "top down"),
-        (["--complete", "absent.png"], "--complete absent.png: "),
         (["--keep", "top-half"], "add --complete"),
         (["--seed", "-1"], "range"),
         (["-n", "0"], "range"),
