@@ -258,29 +258,38 @@ class Supervisor:
     async def _begin(self, worker: Worker) -> None:
         """Bring a worker to what is served; it takes part from then on."""
         while True:
+            await self._greet(worker)
             try:
-                await worker.link.ask("hello")
                 async with self._changes:
                     if self._started:
                         await in_thread(self._repository.refresh)
                     for key, path in self._table.items():
                         await worker.link.ask("load", key=key, path=str(path))
-                    self._workers.append(worker)
                     if self._started:
                         await worker.link.ask("publish", **self._published())
+                    self._workers.append(worker)
+                    if self._started:
                         await self._tell_state()
                     return
             except Gone:
-                await asyncio.sleep(0.05)
+                pass
             except AnomalydError as error:
                 # The others serve what they loaded before.
                 logger.error("a worker cannot serve: %s", error)
                 await asyncio.sleep(RETRY_SECONDS)
 
+    async def _greet(self, worker: Worker) -> None:
+        """Wait for a worker's first answer; its start takes as long as it takes."""
+        while True:
+            try:
+                await worker.link.ask("hello")
+                return
+            except Gone:
+                await asyncio.sleep(0.05)
+
     async def _ping(self, worker: Worker, process: asyncio.subprocess.Process) -> None:
         """End a worker whose event loop has stopped; nobody else would, and all would wait."""
-        with contextlib.suppress(Gone):
-            await worker.link.ask("hello")  # its start takes as long as it takes
+        await self._greet(worker)
         while True:
             await asyncio.sleep(PING_SECONDS)
             try:
