@@ -168,6 +168,19 @@ class Repository:
             self._seen = {key: found.mark for key, found in there.items()}
             self._publish()
 
+    def check_unchanged(self) -> None:
+        """Refuse to go on where what is served is not what is on disk.
+
+        Raises:
+            BundleError: the first of which that is so.
+        """
+        with self._lock:
+            there = self._by_key()
+            for key, served in self._served.items():
+                found = there.get(key)
+                if found is None or found.mark != served.mark:
+                    raise BundleError(f"bundle {served.path}: it was changed while it was loaded")
+
     def load(self, name: str, version: str | None = None) -> None:
         """Serve a version of a model, or its newest, from now on: this rolls back, too.
 

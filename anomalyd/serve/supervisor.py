@@ -266,6 +266,7 @@ class Supervisor:
                     for key, path in self._table.items():
                         await worker.link.ask("load", key=key, path=str(path))
                     if self._started:
+                        await in_thread(self._repository.check_unchanged)
                         await worker.link.ask("publish", **self._published())
                     self._workers.append(worker)
                     if self._started:
@@ -273,7 +274,7 @@ class Supervisor:
                     return
             except Gone:
                 pass
-            except AnomalydError as error:
+            except (AnomalydError, OSError) as error:
                 # The others serve what they loaded before.
                 logger.error("a worker cannot serve: %s", error)
                 await asyncio.sleep(RETRY_SECONDS)
