@@ -103,6 +103,11 @@ class Model(nn.Module):
         """Return what validation averages, without noise: (N,) in `unit`."""
         raise NotImplementedError
 
+    @property
+    def loss_name(self) -> str:
+        """What `loss` is, for those who watch it: its unit, and what else is added up in it."""
+        return self.unit
+
     def is_edge(self, name: str) -> bool:
         """Tell whether the parameter `name` embeds the input or reads out the distribution."""
         return name.split(".")[0] in self.edges
@@ -170,6 +175,11 @@ class Density(Model):
         """Return log p(x), or its lower bound, in nats: (N,) float32; with classes (N, K)."""
         log_likelihood = self(images).log_likelihood
         return log_likelihood if self.classes else log_likelihood[:, 0]
+
+    @property
+    def loss_name(self) -> str:
+        """The unit, and that labels are weighed in where they are."""
+        return self.unit if self.bayes is None else f"{self.unit} and weighed labels"
 
     def loss(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
         """Return the mean of -log p(x), or of -log p(x|y) - w log p(y|x), in bits per dimension.

@@ -82,6 +82,13 @@ class Companions(Density):
         losses += [part.loss(images) for part in self._beside() if not _frozen(part)]
         return torch.stack(losses).sum()
 
+    @property
+    def loss_name(self) -> str:
+        """That of what is trained, and of how many densities it is the sum."""
+        trained = [part for part in (self.main, *self._beside()) if not _frozen(part)]
+        name = " and ".join(dict.fromkeys(part.loss_name for part in trained))
+        return name if len(trained) == 1 else f"{name} of {len(trained)} densities together"
+
     def losses(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
         """Return the main density's loss of each image; the companions' where it is frozen."""
         if not _frozen(self.main):

@@ -240,6 +240,8 @@ class LogisticMixture(PixelLikelihood):
         super().__init__()
         self.shape = shape
         self.components = components
+        self.width = math.ceil(math.sqrt(shape.levels))
+        self.bands = math.ceil(shape.levels / self.width)
         self.couplings = shape.channels * (shape.channels - 1) // 2
         per_component = 1 + 2 * shape.channels + self.couplings
         self.parameters_of = nn.Conv2d(features, components * per_component, 1)
@@ -253,25 +255,21 @@ class LogisticMixture(PixelLikelihood):
         return torch.logsumexp(log_p, dim=1)
 
     def surprise(self, context: Tensor, values: Tensor, inputs: Tensor) -> Surprise:
-        """Return -log p of each pixel; its mean and variance are approximate.
-
-        The mean is that of -log p(k, x), component and level together, no less than the entropy;
-        a component's share of it is taken as log(1 + exp(2) s / w), that of a logistic of scale s
-        where levels of width w are fine, and zero where they are coarse. That the two outermost
-        levels are open is ignored: where most of a component's mass lies on one of them, the true
-        share is near zero and the mean is nats too large. So `nll - mean` does not average to
-        zero, but falls further below it the more of an image is black or white.
-        """
-        log_pi, _, log_scales = self._components(context, inputs)
-        level = math.log(2 / (self.shape.levels - 1))
-        entropies = [F.softplus(log_scale - level + 2) for log_scale in log_scales]
-        expected = torch.stack(entropies).sum(dim=0) - log_pi
-        # Var[-log p] of a logistic is 4 - pi^2 / 3, whatever its scale.
-        spread = (4 - math.pi**2 / 3) * torch.stack([torch.tanh(h) for h in entropies]).sum(dim=0)
-        pi = log_pi.exp()
-        mean = (pi * expected).sum(dim=1)
-        variance = (pi * (spread + expected.square())).sum(dim=1) - mean.square()
-        return Surprise(-self(context, values, inputs), mean, torch.relu(variance))
+        # As in `Hierarchical`, the level is expected given the band that came.
+        log_p, means, log_scales = self._components(context, inputs)
+        parts = []
+        for channel, (mean, log_scale) in enumerate(zip(means, log_scales, strict=True)):
+            level = values[..., channel].unsqueeze(1)
+            band = torch.div(level, self.width, rounding_mode="floor")
+            first = band * self.width
+            given = (F.log_softmax(log_p, dim=1), mean, log_scale)
+            bands = self._runs(*given, torch.zeros_like(first), self.width, self.bands)
+            inside = self._runs(*given, first, 1, self.width)
+            parts += [_surprise(bands, band[:, 0]), _surprise(inside, (level - first)[:, 0])]
+            x = inputs[:, channel : channel + 1]
+            log_p = log_p + self._level(x, level, mean, log_scale)
+        _, expected, variance = (torch.stack(maps).sum(dim=0) for maps in zip(*parts, strict=True))
+        return Surprise(-torch.logsumexp(log_p, dim=1), expected, variance)
 
     def log_probs(self, context: Tensor, inputs: Tensor) -> Tensor:
         log_p, means, log_scales = self._components(context, inputs)
@@ -313,6 +311,39 @@ class LogisticMixture(PixelLikelihood):
                 row += 1
             coupled.append(mean)
         return log_pi, coupled, log_scales
+
+    def _runs(
+        self,
+        log_weights: Tensor,
+        mean: Tensor,
+        log_scale: Tensor,
+        start: Tensor,
+        width: int,
+        count: int,
+    ) -> Tensor:
+        """Return log p of `count` runs of `width` levels each, from level `start` (N, 1, H, W).
+
+        But for a constant: (N, count, H, W). A component is its distribution function at the
+        edges between runs, or, above its mean, what is left to one, so that its tail keeps its
+        digits; and where all runs lie so deep in a tail that it would underflow there, all are
+        brought nearer, where they have the same shares, and the component weighs less instead.
+        """
+        inverse = torch.exp(-log_scale.clamp(min=-7.0, max=7.0))
+        edges = start + width * torch.arange(count + 1, device=start.device).reshape(1, -1, 1, 1)
+        x = (edges.float() - 0.5) * (2 / (self.shape.levels - 1)) - 1
+        x = torch.where(edges <= 0, -1e6, torch.where(edges >= self.shape.levels, 1e6, x))
+        low, middle, high = x[:, :1], x[:, count // 2 : count // 2 + 1], x[:, -1:]
+        side = torch.where(middle < mean, 1.0, -1.0)
+        nearest = torch.where(middle < mean, high - mean, mean - low) * inverse
+        nearer = F.relu(-20.0 - nearest)
+        weights = torch.softmax(log_weights - nearer, dim=1) * side
+        slope = inverse * side
+        offset = nearer - mean * slope
+        below = torch.zeros_like(x)
+        for k in range(self.components):
+            one = slice(k, k + 1)
+            below = below + weights[:, one] * torch.sigmoid(x * slope[:, one] + offset[:, one])
+        return torch.log((below[:, 1:] - below[:, :-1]).clamp(min=1e-30))
 
     def _level(self, x: Tensor, level: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
         """Return log of a logistic's mass on one level, (N, components, H, W).

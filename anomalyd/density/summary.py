@@ -40,8 +40,7 @@ def excess(surprise: Surprise) -> Tensor:
 
     Under the density the numerator sums the steps of a martingale and has mean zero, however
     complex the image; the denominator is drawn with it, so that mean and variance of the quotient
-    are near zero and one and no more. For a logistic mixture neither holds, for its mean is an
-    approximation that black and white pixels make too large.
+    are near zero and one and no more.
 
     References:
         Detecting Out-of-Distribution Inputs to Deep Generative Models Using Typicality (Nalisnick

@@ -13,6 +13,7 @@ import numpy as np
 
 from anomalyd.detect import conformal
 from anomalyd.detect.bundle import Calibration, Guarantee, pack_calibration, write_bundle
+from anomalyd.detect.card import recalibrated
 from anomalyd.detect.detector import Detector
 from anomalyd.detect.pipeline import Collected, collect, none_readable
 from anomalyd.detect.ranks import ranks, ranks_by_class
@@ -136,7 +137,7 @@ def calibrate(
         alpha = conformal.default_alpha(fewest, confidence)
     else:
         conformal.check_alpha(alpha, fewest, confidence)
-    _write(detector, calibration, alpha, confidence)
+    _write(detector, calibration, alpha, confidence, source.name)
     return Calibrated(
         n=n,
         fitted=len(old.fit_nll) if refit else 0,
@@ -217,7 +218,11 @@ def _classes(detector: Detector, images: Collected) -> NDArray[np.int64]:
 
 
 def _write(
-    detector: Detector, calibration: Calibration, alpha: float, confidence: float | None
+    detector: Detector,
+    calibration: Calibration,
+    alpha: float,
+    confidence: float | None,
+    source: str,
 ) -> None:
     bundle = detector.bundle
     guarantee = (
@@ -233,6 +238,13 @@ def _write(
     )
     files = {name: bundle.read(name) for name in bundle.manifest.files}
     files["calibration.npz"] = pack_calibration(calibration)
+    files["CARD.md"] = recalibrated(
+        files["CARD.md"].decode(errors="replace"),
+        manifest,
+        np.sort(calibration.scores),
+        calibration.threshold(alpha),
+        source,
+    ).encode()
     write_bundle(bundle.path, manifest, files, replace=True)
 
 

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import math
 import re
 import shlex
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
-
+from anomalyd.detect.card import SCORES, STRANGEST, VERDICT, histogram, promise
 from anomalyd.errors import BundleError
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    import numpy as np
     from numpy.typing import NDArray
 
     from anomalyd.detect.bundle import Manifest
@@ -142,7 +141,7 @@ def write_card(
         threshold: what a score must exceed to be an outlier at the default alpha; None: none can.
         strangest: held-out normals, strangest first.
     """
-    spec, alpha = manifest.image, manifest.default_alpha
+    spec = manifest.image
     bound = (
         ""
         if manifest.likelihood == "exact"
@@ -170,23 +169,17 @@ def write_card(
 A `{training.model}` density{per_class} of {spec.height}x{spec.width} {kind} with {spec.channels} \
 channel(s), {manifest.parameters:,} parameters: {measured}.
 
-## What its verdict means
+## {VERDICT}
 
-An image is an outlier at alpha = {alpha:g} if its score, `{manifest.score_name}`, is \
-stranger than that of all but a share alpha of {manifest.calibration_n:,} held-out normal \
-images. The rate of false alarms is then at most alpha, on average over calibration sets, if \
-live normal images are exchangeable with the calibration images. After a change of camera, light \
-or product they are not: run `anomalyd calibrate` on new normal images.
+{promise(manifest)}
 
 {_score(manifest)} `anomalyd evaluate` measures what is caught.{_labels(manifest, training)}
 
-## Scores of the calibration images
+## {SCORES}
 
-```
 {histogram(scores, threshold)}
-```
 
-{_drawn(training)}## Strangest held-out normal images
+{_drawn(training)}## {STRANGEST}
 
 Real folders of normal images hide a few that are not. Look at these; names of wrong ones go into \
 a file for `anomalyd train --exclude FILE`. At {len(strangest)} of {manifest.calibration_n:,}, \
@@ -322,29 +315,3 @@ def _history(manifest: Manifest, training: Training) -> str:
 
     anomalyd train {training.data}{options} --recipe {training.out}/recipe.toml --out again
 """
-
-
-def histogram(scores: NDArray[np.float64], threshold: float | None, *, bins: int = 20) -> str:
-    """Draw scores as rows of a bar chart, with the line where outliers begin.
-
-    Args:
-        scores: ascending.
-        threshold: the smallest score that is an outlier, where a bin ends; None draws no line.
-        bins: rows up to the largest score or the threshold, about.
-    """
-    line = float(np.quantile(scores, 0.99)) if threshold is None else threshold
-    bottom = min(0.0, float(scores[0]), line - 1e-9)
-    top = float(min(max(scores[-1], line), 2 * max(line, 1e-9)))
-    below = max(1, round(bins * (line - bottom) / (top - bottom)))
-    step = (line - bottom) / below
-    above = max(math.ceil((top - line) / step - 1e-9), int(scores[-1] >= line))
-    edges = line + step * np.arange(-below, above + 1)
-    counts, _ = np.histogram(np.clip(scores, edges[0], edges[-1]), edges)
-    widest = max(1, int(counts.max()))
-    rows = [
-        f"{low:7.3f} to {high:6.3f} {'#' * round(40 * int(count) / widest)} {count}"
-        for low, high, count in zip(edges[:-1], edges[1:], counts, strict=True)
-    ]
-    if threshold is not None:
-        rows.insert(below, f"{'-' * 12} outlier from {threshold:.4f} {'-' * 28}")
-    return "\n".join(rows)

@@ -364,7 +364,7 @@ def _run(job: _Job, out: Path, folder: Path, workers: Workers, *, device: str) -
     if job.init and not resume:
         _start_from(model, recipe, Path(job.init))
     try:
-        with training(model.unit) as progress:
+        with training(model.loss_name) as progress:
             outcome = loop.fit(
                 model,
                 images.pixels,

@@ -51,14 +51,14 @@ def counting(what: str, total: int) -> Iterator[Callable[[int], None]]:
 
 
 @contextlib.contextmanager
-def training(unit: str) -> Iterator[Callable[..., None]]:
-    """Show steps, the loss in `unit`, images/s and the time left; yields a `loop.Progress`."""
+def training(loss_name: str) -> Iterator[Callable[..., None]]:
+    """Show steps, the loss under its name, images/s and the time left; yields a `loop.Progress`."""
     if sys.stderr.isatty() and not _muted:
         columns = (
             TextColumn("training"),
             BarColumn(),
             TextColumn("step {task.completed:,.0f}/{task.total:,.0f}"),
-            TextColumn("{task.fields[loss]:.3f} " + unit),
+            TextColumn("{task.fields[loss]:.3f} " + loss_name),
             TextColumn("{task.fields[speed]:,.0f} images/s"),
             TimeRemainingColumn(),
         )
@@ -82,6 +82,8 @@ def training(unit: str) -> Iterator[Callable[..., None]]:
         now = time.monotonic()
         if step == steps or now - last >= LINE_SECONDS:
             last = now
-            say(f"step {step:,}/{steps:,}  {loss:.3f} {unit}  {images_per_second:,.0f} images/s")
+            say(
+                f"step {step:,}/{steps:,}  {loss:.3f} {loss_name}  {images_per_second:,.0f} images/s"
+            )
 
     yield line

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
 from torch import Tensor
 
-from anomalyd.density.base import ImageShape, Surprise
+from anomalyd.density.base import Bayes, ImageShape, Surprise
 from anomalyd.density.companions import Companions
 from anomalyd.density.gated_pixelcnn import GatedPixelCNN
 from anomalyd.density.likelihoods import likelihood
@@ -57,7 +58,9 @@ def test_the_likelihood_is_the_main_density_s_alone():
 def test_a_frozen_part_neither_learns_nor_costs():
     """With main frozen the loss is that of the companions, and no gradient reaches main."""
     density, x = companions(), some_images()
+    assert density.loss_name == "bits/dim of 3 densities together"
     density.main.requires_grad_(False)
+    assert density.loss_name == "bits/dim of 2 densities together"
     torch.manual_seed(3)
     loss = density.loss(x)
     loss.backward()
@@ -65,6 +68,9 @@ def test_a_frozen_part_neither_learns_nor_costs():
     torch.manual_seed(3)
     torch.testing.assert_close(loss, density.local.loss(x) + density.vae.loss(x))
     assert all(p.grad is None for p in density.main.parameters())
+    density.local.requires_grad_(False)
+    density.vae.bayes = Bayes(300.0, 1, False, None)
+    assert density.loss_name == "bits/dim and weighed labels"
     torch.testing.assert_close(density.losses(x), density.local.losses(x) + density.vae.losses(x))
 
 
@@ -98,16 +104,17 @@ def test_surprise_is_expected_to_be_what_it_is():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("pixel", ["categorical", "hierarchical"])
-@pytest.mark.parametrize("levels", [256, 20])
-def test_a_pixel_s_surprise_has_the_mean_and_variance_that_it_says(pixel, levels):
-    """Over all levels of one pixel, sum p (nll - mean) = 0 and sum p (nll - mean)^2 = variance."""
+@pytest.mark.parametrize("pixel", ["categorical", "hierarchical", "logistic-mixture"])
+@pytest.mark.parametrize(("levels", "channels"), [(256, 1), (20, 1), (6, 3)])
+def test_a_pixel_s_surprise_has_the_mean_and_variance_that_it_says(pixel, levels, channels):
+    """Over all values of one pixel, sum p (nll - mean) = 0 and sum p (nll - mean)^2 = variance."""
     torch.manual_seed(0)
-    shape = ImageShape(1, 1, 1, levels)
-    of_pixel = likelihood(pixel, shape, 6, 3)
-    values = torch.arange(levels).reshape(levels, 1, 1, 1)
-    context = torch.randn(1, 6, 1, 1).expand(levels, -1, -1, -1)
-    surprise = of_pixel.surprise(context, values, torch.zeros(levels, 1, 1, 1))
+    of_pixel = likelihood(pixel, ImageShape(1, 1, channels, levels), 6, 3)
+    every = list(itertools.product(range(levels), repeat=channels))
+    values = torch.tensor(every).reshape(-1, 1, 1, channels)
+    inputs = values.permute(0, 3, 1, 2) * (2 / (levels - 1)) - 1
+    context = torch.randn(1, 6, 1, 1).expand(len(every), -1, -1, -1)
+    surprise = of_pixel.surprise(context, values, inputs)
     nll, mean, variance = (part.double().flatten() for part in surprise)
     p = torch.exp(-nll)
 
@@ -118,21 +125,36 @@ def test_a_pixel_s_surprise_has_the_mean_and_variance_that_it_says(pixel, levels
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("log_scale", [-4.0, -2.0])
-def test_a_logistic_s_expected_surprise_is_close_to_its_entropy(log_scale):
-    """One component, far from the edges: the approximation is within 0.2 nats."""
-    shape = ImageShape(1, 1, 1)
-    of_pixel = likelihood("logistic-mixture", shape, 2, 1)
-    with torch.no_grad():
-        of_pixel.parameters_of.weight.zero_()
-        of_pixel.parameters_of.bias.copy_(torch.tensor([0.0, 0.0, log_scale]))
-    context = torch.zeros(256, 2, 1, 1)
-    values = torch.arange(256).reshape(256, 1, 1, 1)
-    inputs = values.float() * (2 / 255) - 1
-    nll, mean, _ = (part.double().flatten() for part in of_pixel.surprise(context, values, inputs))
+@pytest.mark.parametrize("levels", [256, 20, 2])
+@pytest.mark.parametrize("log_scale", [-6.0, -4.0, -1.0, 2.0])
+@pytest.mark.parametrize("mean", [-3.0, -1.0, 0.1, 0.95, 40.0])
+def test_a_mixture_expects_the_band_and_then_the_level_given_the_band(levels, log_scale, mean):
+    """At every level, however unlikely, mean and variance are those of the table of all levels."""
+    of_pixel = likelihood("logistic-mixture", ImageShape(1, 1, 1, levels), 2, 3)
+    scales = [log_scale, log_scale - 1, log_scale + 1]
+    of_pixel.parameters_of.weight.zero_()
+    of_pixel.parameters_of.bias.copy_(torch.tensor([0, 1, -1, mean, mean + 0.1, 0, *scales]))
+    values = torch.arange(levels).reshape(levels, 1, 1, 1)
+    context, inputs = torch.zeros(levels, 2, 1, 1), values.float() * (2 / (levels - 1)) - 1
+    nll, expected, variance = (
+        part.double().flatten() for part in of_pixel.surprise(context, values, inputs)
+    )
+    log_p = of_pixel.log_probs(context[:1], inputs[:1]).double().flatten()
+    bands = log_p.split(math.ceil(math.sqrt(levels)))
 
-    entropy = float((torch.exp(-nll) * nll).sum())
-    assert float(mean[0]) == pytest.approx(entropy, abs=0.2)
+    torch.testing.assert_close(nll, -log_p, rtol=1e-4, atol=1e-4)
+    between = moments(torch.stack([band.logsumexp(0) for band in bands]))
+    within = torch.cat([moments(band).expand(len(band), 2) for band in bands])
+    measured = torch.stack([expected, variance], dim=1)
+    torch.testing.assert_close(measured, between + within, rtol=1e-3, atol=1e-3)
+
+
+def moments(log_p: Tensor) -> Tensor:
+    """Mean and variance of -log p, p proportional to exp(log_p): (2,)."""
+    nll = -torch.log_softmax(log_p, dim=0)
+    p = torch.exp(-nll)
+    mean = (p * nll).sum()
+    return torch.stack([mean, (p * (nll - mean).square()).sum()])
 
 
 def test_summaries_of_a_map():

@@ -12,6 +12,7 @@ import tiny
 from anomalyd import Detector
 from anomalyd.detect.bundle import pack_calibration, read_bundle, write_bundle
 from anomalyd.detect.calibrate import calibrate, calibration_half
+from anomalyd.detect.card import SCORES, STRANGEST, VERDICT, histogram, promise
 from anomalyd.errors import (
     AlphaUnreachable,
     BundleError,
@@ -60,6 +61,46 @@ def test_a_new_table_from_new_normals(path, source_of):
     assert after.model == before.model
     assert set(after.manifest.files) == set(before.manifest.files)
     assert after.read("weights.safetensors") == before.read("weights.safetensors")
+
+
+def test_the_card_tells_of_the_new_calibration(path, source_of):
+    """Its promise and its scores are new, the rest is what it was, and again the next time."""
+    bundle = read_bundle(path)
+    files = {name: bundle.read(name) for name in bundle.manifest.files}
+    rest = "## Drawn from it\n\nSome.\n\n## How it was made\n\nSlowly.\n"
+    verdict = f"## {VERDICT}\n\nAn image is an outlier at 1.\n\nThe score is one.\n\n"
+    old = f"# tiny\n\nA density.\n\n{verdict}## {STRANGEST}\n\nThis one.\n\n{rest}"
+    write_bundle(path, bundle.manifest, files | {"CARD.md": old.encode()}, replace=True)
+    for n, confidence, says in (
+        (60, None, "on average over calibration sets"),
+        (299, 0.95, "with confidence 0.95 over the calibration set drawn"),
+    ):
+        calibrate(path, source_of(tiny.draw(n, seed=71)), confidence=confidence, device="cpu")
+        bundle = read_bundle(path)
+        card = bundle.read("CARD.md").decode()
+        assert card.startswith("# tiny\n\nA density.\n\n")
+        assert (
+            card.count(f"## {VERDICT}\n\n{promise(bundle.manifest)}\n\nThe score is one.\n") == 1
+        )
+        assert f"{n} held-out normal images" in card
+        assert says in card
+        assert card.count(f"## {STRANGEST} of its training\n\nThis one.\n\n{rest}") == 1
+        drawn = f"## {SCORES}\n\n{n} images of `"
+        assert card.count(drawn) == 1
+        scores = bundle.calibration.scores
+        assert card.endswith(
+            f"{histogram(scores, bundle.calibration.threshold(bundle.manifest.default_alpha))}\n"
+        )
+
+
+def test_a_card_written_by_hand_is_kept(path, source_of):
+    """What is told of the calibration comes after it."""
+    bundle = read_bundle(path)
+    files = {name: bundle.read(name) for name in bundle.manifest.files}
+    write_bundle(path, bundle.manifest, files | {"CARD.md": b"## Ours\n\nSee \xff."}, replace=True)
+    calibrate(path, source_of(tiny.draw(60, seed=70)), device="cpu")
+    card = read_bundle(path).read("CARD.md").decode()
+    assert card.startswith(f"## Ours\n\nSee \ufffd.\n\n## {VERDICT}\n\nAn image is an outlier at")
 
 
 def test_a_site_chooses_the_alpha_it_decides_at(path, source_of):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from anomalyd.train.card import histogram
+from anomalyd.detect.card import histogram
 
 
 @pytest.mark.parametrize(
@@ -20,7 +20,7 @@ from anomalyd.train.card import histogram
 )
 def test_the_line_of_a_histogram_parts_outliers_from_the_rest(scores, threshold):
     """Rows above it count the scores below the threshold, rows below it all others."""
-    rows = histogram(scores, threshold).splitlines()
+    rows = histogram(scores, threshold).splitlines()[1:-1]
     (line,) = [number for number, row in enumerate(rows) if "outlier from" in row]
     counts = [int(row.split()[-1]) for number, row in enumerate(rows) if number != line]
 
@@ -32,6 +32,6 @@ def test_the_line_of_a_histogram_parts_outliers_from_the_rest(scores, threshold)
 
 def test_a_histogram_without_a_threshold_has_no_line():
     """Where the calibration images allow no alpha, the scores are drawn all the same."""
-    rows = histogram(np.linspace(0, 1, 50), None).splitlines()
+    rows = histogram(np.linspace(0, 1, 50), None).splitlines()[1:-1]
 
     assert sum(int(row.split()[-1]) for row in rows) == 50
