@@ -46,6 +46,10 @@ GAIN = 1e-4
 """What a validation must gain on the last that did, for patience to begin anew."""
 
 
+LOST = 1_000.0
+"""A loss from which no training comes back, in any unit: a guess costs 8 bits per dimension."""
+
+
 class Progress(Protocol):
     """What the loop tells whoever watches."""
 
@@ -123,7 +127,7 @@ def fit(
         workers: those that share each batch.
 
     Raises:
-        TrainingError: nothing to resume, a checkpoint of another model, a loss that is not finite.
+        TrainingError: nothing to resume, a checkpoint of another model, a loss beyond return.
         KeyboardInterrupt: Ctrl-C, after a checkpoint was written.
     """
     run = _Run(model, pixels, labels, splits, settings, folder, device, workers)
@@ -306,10 +310,12 @@ class _Run:
             optimizer.step()
         self.average.update_parameters(self.model)
         self.step += 1
-        if not math.isfinite(value):
+        if not value < LOST:  # nor is it when it is not a number
             raise TrainingError(
-                f"the loss became {value} at step {self.step}; lower learning_rate "
-                f"({self.settings.learning_rate}) in the recipe and start again"
+                f"the loss became {value:,.0f} at step {self.step:,}, from which no training comes "
+                f"back; lower learning_rate ({self.settings.learning_rate:g}) and "
+                f"adamw_learning_rate ({self.settings.adamw_learning_rate:g}) in the recipe and "
+                "start again"
             )
         speed = self.settings.batch_size / (time.monotonic() - began)
         self.images_per_second += (speed - self.images_per_second) * (

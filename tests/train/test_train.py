@@ -342,6 +342,18 @@ def test_dithered_training_learns_how_near_a_value_is_to_each_level(dither, odds
     assert table[0, 0, 0, 0, 1].item() == pytest.approx(odds, abs=0.12)
 
 
+def test_a_loss_beyond_return_ends_the_training(fixture_data, tmp_path):
+    """Hours are not spent on weights that are lost, and the message says which rate was too high."""
+    text = RECIPE.format(model="vae", density=SMALL["vae"]).replace("0.01", "100.0")
+    (tmp_path / "recipe.toml").write_text(text)
+    data, recipe = str(fixture_data / "fashion-mnist"), tmp_path / "recipe.toml"
+    with pytest.raises(
+        TrainingError, match=r"no training comes back; lower learning_rate \(100\)"
+    ):
+        train(data=data, model=None, out=tmp_path / "lost", recipe=recipe, epochs=50.0)
+    assert not (tmp_path / "lost").exists()
+
+
 def test_wrong_graph_is_not_exported(bundle):
     """A graph whose scores differ from torch's by more than 1e-5 bits/dim is an ExportError."""
     content = read_bundle(bundle)
