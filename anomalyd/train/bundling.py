@@ -146,7 +146,7 @@ def write(
         trained: the model and its history.
         data: the DATA argument, whose test split is scored where there is one.
         group: the --group argument.
-        licence: of the weights.
+        licence: of the weights; None where nobody said.
         out: the bundle's folder.
         folder: the run's folder.
         init: the bundle that the weights started from.
@@ -157,6 +157,9 @@ def write(
         BundleError: the bundle cannot be written.
     """
     images, splits, model = trained.images, trained.splits, trained.model
+    if init and not trained.outcome.budget:  # its weights are those of `init`, and so is the rest
+        history = card.history_of(_card(init))
+        licence = licence or bundles.read_bundle(init).manifest.licence
     files = graphs(model)
     some = splits.validation[:PARITY_IMAGES]
     parity = check_parity(model, files["model.onnx"], crops(images.pixels, some, [0]))
@@ -181,7 +184,7 @@ def write(
         accuracy=test.accuracy,
         init=init,
         minutes_before=card.minutes_of(_card(init)) if init else 0.0,
-        history=card.history_of(_card(init)) if init and not trained.outcome.budget else history,
+        history=history,
         draws="sampler.onnx" in files,
         companions="main" in trained.recipe.train.frozen,
     )

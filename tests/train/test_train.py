@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import inspect
 import math
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from anomalyd.density.companions import Companions
-from anomalyd.detect.bundle import read_bundle
+from anomalyd.detect.bundle import read_bundle, write_bundle
 from anomalyd.detect.detector import Detector
 from anomalyd.detect.runtime import Session
 from anomalyd.errors import BundleError, ExportError, TrainingError, UsageError
@@ -196,13 +197,17 @@ def test_companions_join_a_density_that_stays_as_it_was(bundle, fixture_data, tm
 
 def test_no_epochs_make_the_bundle_anew(bundle, fixture_data, tmp_path):
     """--init BUNDLE --epochs 0 exports, fits and calibrates anew, and trains nothing."""
-    data = str(fixture_data / "fashion-mnist")
-    train(data=data, model=None, out=tmp_path / "again", init=bundle, epochs=0.0)
-    again, before = read_bundle(tmp_path / "again"), read_bundle(bundle)
+    data, before = str(fixture_data / "fashion-mnist"), read_bundle(bundle)
+    files = {name: before.read(name) for name in before.manifest.files}
+    licensed = dataclasses.replace(before.manifest, licence="ours")
+    write_bundle(tmp_path / "ours", licensed, files)
+    train(data=data, model=None, out=tmp_path / "again", init=tmp_path / "ours", epochs=0.0)
+    again = read_bundle(tmp_path / "again")
 
     assert again.read("weights.safetensors") == before.read("weights.safetensors")
     np.testing.assert_allclose(again.calibration.scores, before.calibration.scores, rtol=1e-4)
     assert again.read("recipe.toml") == before.read("recipe.toml")
+    assert again.manifest.licence == "ours"
     cards = [history_of(each.read("CARD.md").decode()) for each in (again, before)]
     assert cards[0] == cards[1]
 
