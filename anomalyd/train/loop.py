@@ -312,8 +312,8 @@ class _Run:
         self.step += 1
         if not value < LOST:  # nor is it when it is not a number
             raise TrainingError(
-                f"the loss became {value:,.0f} at step {self.step:,}, from which no training comes "
-                f"back; lower learning_rate ({self.settings.learning_rate:g}) and "
+                f"the loss became {value:,.0f} at step {self.step:,}, from which no training "
+                f"comes back; lower learning_rate ({self.settings.learning_rate:g}) and "
                 f"adamw_learning_rate ({self.settings.adamw_learning_rate:g}) in the recipe and "
                 "start again"
             )

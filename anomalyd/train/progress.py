@@ -52,7 +52,7 @@ def counting(what: str, total: int) -> Iterator[Callable[[int], None]]:
 
 @contextlib.contextmanager
 def training(loss_name: str) -> Iterator[Callable[..., None]]:
-    """Show steps, the loss under its name, images/s and the time left; yields a `loop.Progress`."""
+    """Show steps, the loss by its name, images/s and the time left; yields a `loop.Progress`."""
     if sys.stderr.isatty() and not _muted:
         columns = (
             TextColumn("training"),
@@ -82,8 +82,7 @@ def training(loss_name: str) -> Iterator[Callable[..., None]]:
         now = time.monotonic()
         if step == steps or now - last >= LINE_SECONDS:
             last = now
-            say(
-                f"step {step:,}/{steps:,}  {loss:.3f} {loss_name}  {images_per_second:,.0f} images/s"
-            )
+            speed = f"{images_per_second:,.0f} images/s"
+            say(f"step {step:,}/{steps:,}  {loss:.3f} {loss_name}  {speed}")
 
     yield line

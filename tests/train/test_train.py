@@ -348,7 +348,7 @@ def test_dithered_training_learns_how_near_a_value_is_to_each_level(dither, odds
 
 
 def test_a_loss_beyond_return_ends_the_training(fixture_data, tmp_path):
-    """Hours are not spent on weights that are lost, and the message says which rate was too high."""
+    """No hours are spent on weights that are lost; the message says which rate was too high."""
     text = RECIPE.format(model="vae", density=SMALL["vae"]).replace("0.01", "100.0")
     (tmp_path / "recipe.toml").write_text(text)
     data, recipe = str(fixture_data / "fashion-mnist"), tmp_path / "recipe.toml"
