@@ -53,6 +53,7 @@ SPLITS = ("train", "validation", "fit", "calibration")
 SCORE = "density_of_states"
 """What verdicts rest on without classes and without codes."""
 PARITY_IMAGES = 64
+SAMPLED = 1 << 14  # values of the card's picture, at most: all wait for the slowest to be drawn
 FIT_PIXELS = 1 << 25
 """Pixels that a texture is fitted to, at most: some 300 MB."""
 STRANGEST = 20
@@ -119,11 +120,23 @@ def graphs(model: Model) -> dict[str, bytes]:
     return files
 
 
+def sample_count(spec: ImageSpec) -> int:
+    """How many images the card's picture shows: sixteen, but four of many values."""
+    values = spec.height * spec.width * spec.channels
+    return max(4, min(16, SAMPLED // values // 4 * 4))
+
+
 def samples(manifest: bundles.Manifest, files: Mapping[str, bytes]) -> bytes:
-    """Draw the card's picture, 16 images at temperature 1: a PNG."""
-    with counting("drawing samples", 1) as advance:
-        drawn = Sampler(manifest, files, manifest.name, device="cpu").draw(16)
-        advance(1)
+    """Draw the card's picture, `sample_count` images at temperature 1: a PNG."""
+    sampler, known = Sampler(manifest, files, manifest.name, device="cpu"), 0
+    with counting("drawing samples", sampler.steps) as advance:
+
+        def tell(done: int, steps: int) -> None:
+            nonlocal known
+            advance(done - known)
+            known = done
+
+        drawn = sampler.draw(sample_count(manifest.image), progress=tell)
     png = io.BytesIO()
     grid(drawn.images, side=56).save(png, "PNG", optimize=True)
     return png.getvalue()
@@ -185,7 +198,7 @@ def write(
         init=init,
         minutes_before=card.minutes_of(_card(init)) if init else 0.0,
         history=history,
-        draws="sampler.onnx" in files,
+        drawn=sample_count(trained.spec) if "sampler.onnx" in files else 0,
         companions="main" in trained.recipe.train.frozen,
     )
     manifest = _manifest(trained, out.name, session, test, licence, score_name, temperature)

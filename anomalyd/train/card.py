@@ -56,7 +56,7 @@ class Training:
         test: images in the test split, 0 where there is none.
         accuracy: of a classifier on the test split.
         history: of weights that were taken as they are, the section of their card that tells it.
-        draws: whether images can be drawn from it.
+        drawn: images in samples.png; 0 where none can be drawn.
     """
 
     model: str
@@ -76,7 +76,7 @@ class Training:
     init: str | None = None
     minutes_before: float = 0.0
     history: str | None = None
-    draws: bool = True
+    drawn: int = 16
     companions: bool = False
 
 
@@ -193,13 +193,13 @@ small p-values are expected: they are the {len(strangest)} smallest.
 
 
 def _drawn(training: Training) -> str:
-    if not training.draws:
+    if not training.drawn:
         return ""
-    return """## Drawn from it
+    return f"""## Drawn from it
 
-![Sixteen images drawn at temperature 1](samples.png)
+![{training.drawn} images drawn at temperature 1](samples.png)
 
-The first sixteen that `anomalyd sample` draws, at temperature 1.
+The first {training.drawn} that `anomalyd sample` draws, at temperature 1.
 
 """
 

@@ -27,6 +27,7 @@ from anomalyd.errors import BundleError, ExportError, TrainingError, UsageError
 from anomalyd.images import ImageSpec
 from anomalyd.sources import open_source
 from anomalyd.train import checkpoint
+from anomalyd.train.bundling import sample_count
 from anomalyd.train.card import history_of
 from anomalyd.train.commands import _image_spec, export, train
 from anomalyd.train.data import TrainingData, classes_of, dithered
@@ -114,8 +115,24 @@ def test_card_names_the_data_the_promise_and_the_command(bundle):
     """A reader of the card learns what it may trust and how to make it again."""
     card = (bundle / "CARD.md").read_text()
 
-    for words in ("bits/dim", "exchangeable", "outlier from", "anomalyd train", "recipe.toml"):
+    for words in (
+        "bits/dim",
+        "exchangeable",
+        "The first 16 that `anomalyd sample` draws",
+        "outlier from",
+        "anomalyd train",
+        "recipe.toml",
+    ):
         assert words in card
+
+
+@pytest.mark.parametrize(
+    ("shape", "count"),
+    [((28, 28, 1), 16), ((4, 4, 3), 16), ((32, 32, 1), 16), ((32, 32, 3), 4), ((64, 64, 3), 4)],
+)
+def test_the_card_shows_fewer_images_where_each_takes_long_to_draw(shape, count):
+    """Sixteen, or four of many values, for all are drawn until the last is done."""
+    assert sample_count(ImageSpec(*shape)) == count
 
 
 def test_splits_in_the_bundle_are_disjoint(bundle):
