@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import time
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, cast
@@ -54,6 +55,7 @@ SCORE = "density_of_states"
 """What verdicts rest on without classes and without codes."""
 PARITY_IMAGES = 64
 SAMPLED = 1 << 14  # values of the card's picture, at most: all wait for the slowest to be drawn
+DRAWING_SECONDS = 180.0  # of the card's picture, for who waits for a bundle does not wait for it
 FIT_PIXELS = 1 << 25
 """Pixels that a texture is fitted to, at most: some 300 MB."""
 STRANGEST = 20
@@ -126,20 +128,35 @@ def sample_count(spec: ImageSpec) -> int:
     return max(4, min(16, SAMPLED // values // 4 * 4))
 
 
-def samples(manifest: bundles.Manifest, files: Mapping[str, bytes]) -> bytes:
-    """Draw the card's picture, `sample_count` images at temperature 1: a PNG."""
+def samples(manifest: bundles.Manifest, files: Mapping[str, bytes]) -> bytes | None:
+    """Draw the card's picture, `sample_count` images at temperature 1.
+
+    Returns:
+        a PNG; None where it would take longer than `DRAWING_SECONDS`.
+    """
     sampler, known = Sampler(manifest, files, manifest.name, device="cpu"), 0
+    began = time.monotonic()
     with counting("drawing samples", sampler.steps) as advance:
 
         def tell(done: int, steps: int) -> None:
             nonlocal known
+            if time.monotonic() - began > DRAWING_SECONDS:
+                raise _TooSlowError
             advance(done - known)
             known = done
 
-        drawn = sampler.draw(sample_count(manifest.image), progress=tell)
+        try:
+            drawn = sampler.draw(sample_count(manifest.image), progress=tell)
+        except _TooSlowError:
+            say(f"no picture of samples: drawing takes longer than {DRAWING_SECONDS:g} seconds")
+            return None
     png = io.BytesIO()
     grid(drawn.images, side=56).save(png, "PNG", optimize=True)
     return png.getvalue()
+
+
+class _TooSlowError(Exception):
+    """Drawing has taken its time."""
 
 
 def write(
@@ -180,6 +197,9 @@ def write(
     score_name = _score_name(trained, encodes="embedding" in session.outputs)
     temperature = _temperature(session, trained) if score_name == BY_CLASS else None
     test = _test_split(session, trained, data, temperature or 1.0)
+    manifest = _manifest(trained, out.name, session, test, licence, score_name, temperature)
+    if "sampler.onnx" in files and (picture := samples(manifest, files)) is not None:
+        files["samples.png"] = picture
     about = card.Training(
         model=trained.recipe.model,
         data=data,
@@ -198,10 +218,9 @@ def write(
         init=init,
         minutes_before=card.minutes_of(_card(init)) if init else 0.0,
         history=history,
-        drawn=sample_count(trained.spec) if "sampler.onnx" in files else 0,
+        drawn=sample_count(trained.spec) if "samples.png" in files else 0,
         companions="main" in trained.recipe.train.frozen,
     )
-    manifest = _manifest(trained, out.name, session, test, licence, score_name, temperature)
     if model.kind == "density":
         calibration, text, manifest, texture = _calibrated(
             trained, session, manifest, about, folder
@@ -209,8 +228,6 @@ def write(
         _warn_of_guesses(trained, float(np.median(calibration.fit_nll)))
         if texture is not None:
             files["texture.npz"] = texture.pack()
-        if "sampler.onnx" in files:
-            files["samples.png"] = samples(manifest, files)
     else:
         calibration = bundles.Calibration.hashes_alone(*_hashes(images, splits))
         text = card.write_plain_card(manifest, about)

@@ -56,7 +56,7 @@ class Training:
         test: images in the test split, 0 where there is none.
         accuracy: of a classifier on the test split.
         history: of weights that were taken as they are, the section of their card that tells it.
-        drawn: images in samples.png; 0 where none can be drawn.
+        drawn: images in samples.png; 0 where there is none.
     """
 
     model: str

@@ -454,8 +454,8 @@ def export(bundle: Path) -> int:
         raise ExportError(
             f"{bundle}: {error}; nothing was written; train or calibrate anew"
         ) from error
-    if "sampler.onnx" in files:
-        files["samples.png"] = samples(manifest, files)
+    if "sampler.onnx" in files and (picture := samples(manifest, files)) is not None:
+        files["samples.png"] = picture
     kept = {name: old.read(name) for name in manifest.files}
     bundles.write_bundle(bundle, manifest, kept | files, replace=True)
     say(f"{bundle}: exported again; torch against onnxruntime {parity:.1e} {model.unit}")

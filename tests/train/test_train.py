@@ -26,7 +26,7 @@ from anomalyd.detect.runtime import Session
 from anomalyd.errors import BundleError, ExportError, TrainingError, UsageError
 from anomalyd.images import ImageSpec
 from anomalyd.sources import open_source
-from anomalyd.train import checkpoint
+from anomalyd.train import bundling, checkpoint
 from anomalyd.train.bundling import sample_count
 from anomalyd.train.card import history_of
 from anomalyd.train.commands import _image_spec, export, train
@@ -152,6 +152,20 @@ def test_export_again_changes_no_score(bundle, capsys):
     assert "exported again" in capsys.readouterr().err
     new = Session(after.model, device="cpu", threads=1).run(before.golden.images)
     np.testing.assert_allclose(new.log_likelihood, before.golden.log_likelihood, rtol=1e-6)
+
+
+def test_a_bundle_does_not_wait_for_its_picture(
+    bundle, fixture_data, tmp_path, monkeypatch, capsys
+):
+    """Where drawing takes too long, there is none, and the card does not speak of it."""
+    monkeypatch.setattr(bundling, "DRAWING_SECONDS", 0.0)
+    data = str(fixture_data / "fashion-mnist")
+    train(data=data, model=None, out=tmp_path / "plain", init=bundle, epochs=0.0)
+    assert "no picture of samples: drawing takes longer than 0 seconds" in capsys.readouterr().err
+    files = read_bundle(tmp_path / "plain").manifest.files
+    assert "sampler.onnx" in files
+    assert "samples.png" not in files
+    assert "samples.png" not in (tmp_path / "plain" / "CARD.md").read_text()
 
 
 def test_recipe_of_a_bundle_reads_back(bundle):
