@@ -266,13 +266,12 @@ class Surprise(NamedTuple):
     """-log p of a value, and what it was expected to be before the value was seen.
 
     Where an image is merely complex both are large, where it is strange only one is. Under the
-    density itself `nll - mean` averages to zero pixel by pixel, whatever the image before it:
-    with softmaxes and a Bernoulli. For a logistic mixture mean and variance are approximations,
-    the worse the more of the image is black or white; see there.
+    density itself `nll - mean` averages to zero pixel by pixel, whatever the image before it.
 
     Attributes:
         nll: -log p of each pixel, nats.
-        mean: the mean of -log p under p, its entropy, nats; or what stands for it.
+        mean: the mean of -log p under p, its entropy, nats; where a value is drawn in parts, such
+            as band and level, of each part given those before it.
         variance: the variance of -log p under p, nats squared; likewise.
     """
 

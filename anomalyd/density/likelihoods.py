@@ -130,8 +130,7 @@ class Hierarchical(_Channels):
 
     def __init__(self, shape: ImageShape, features: int) -> None:
         super().__init__(shape, features)
-        self.width = math.ceil(math.sqrt(shape.levels))
-        self.bands = math.ceil(shape.levels / self.width)
+        self.width, self.bands = _bands(shape.levels)
         channels = range(shape.channels)
         self.band = nn.ModuleList(nn.Conv2d(features, self.bands, 1) for _ in channels)
         self.inside = nn.ModuleList(nn.Conv2d(features, self.width, 1) for _ in channels)
@@ -172,6 +171,12 @@ class Hierarchical(_Channels):
         logits = logits.unflatten(0, (-1, self.bands)) + self.absent[None, :, :, None, None]
         table = F.log_softmax(logits, dim=2) + log_band.unsqueeze(2)
         return table.flatten(1, 2)[:, : self.shape.levels]
+
+
+def _bands(levels: int) -> tuple[int, int]:
+    """Return how many levels a band has, the square root rounded up, and how many bands."""
+    width = math.ceil(math.sqrt(levels))
+    return width, math.ceil(levels / width)
 
 
 def _chosen(logits: Tensor, index: Tensor) -> Tensor:
@@ -240,8 +245,7 @@ class LogisticMixture(PixelLikelihood):
         super().__init__()
         self.shape = shape
         self.components = components
-        self.width = math.ceil(math.sqrt(shape.levels))
-        self.bands = math.ceil(shape.levels / self.width)
+        self.width, self.bands = _bands(shape.levels)
         self.couplings = shape.channels * (shape.channels - 1) // 2
         per_component = 1 + 2 * shape.channels + self.couplings
         self.parameters_of = nn.Conv2d(features, components * per_component, 1)
