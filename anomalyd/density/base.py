@@ -257,9 +257,14 @@ class Density(Model):
 
 
 class Step(nn.Module):
-    """A part of a cached sampler, with a state of float32 (N, `state_size`), zero at first."""
+    """A part of a cached sampler, with a state of float32 (N, `state_size`), zero at first.
+
+    Attributes:
+        labelled: whether it reads the class, where the density has classes.
+    """
 
     state_size: int
+    labelled = False
 
 
 class Surprise(NamedTuple):

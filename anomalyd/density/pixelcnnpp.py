@@ -19,17 +19,24 @@ classes and is computed once for all of them.
 from __future__ import annotations
 
 import itertools
-from typing import cast
+from typing import TYPE_CHECKING, Protocol, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from anomalyd.density.base import Autoregressive, ImageShape
+from anomalyd.density.base import Autoregressive, ImageShape, Step
 from anomalyd.density.layers import ClassBias, CroppedConv, per_class, position
 from anomalyd.density.likelihoods import likelihood
+from anomalyd.density.stepwise_pp import PixelStep, RowStep
 
-__all__ = ["PixelCNNPP"]
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+__all__ = ["Both", "Pair", "PixelCNNPP"]
+
+_T = TypeVar("_T")
+_Streams = tuple[Tensor, Tensor]
 
 # The cropped kernel of each stream, and its padding to the left and to the right.
 Window = tuple[tuple[int, int], int, int]
@@ -134,6 +141,37 @@ class Both(nn.Module):
         return per_class(self.u, u), per_class(self.ul, ul)
 
 
+class Walk(Protocol[_T]):
+    """What a pass does to the states that it goes through, of both streams or of one."""
+
+    def down(self, both: Both, x: _T, level: int) -> _T:
+        """Halve the resolution, to that of `level`."""
+
+    def block(self, pair: Pair, x: _T, level: int, shortcut: _T | None) -> _T:
+        """Go through a block at the resolution of `level`."""
+
+    def up(self, both: Both, x: _T, level: int) -> _T:
+        """Double the resolution, from that of `level`."""
+
+
+class _Whole:
+    """Both streams over whole images: u (N, 1, F, H, W) and ul (N, M or 1, F, H, W)."""
+
+    def __init__(self, shape: ImageShape, labels: Tensor | None) -> None:
+        self.shape, self.labels = shape, labels
+
+    def down(self, both: Both, x: _Streams, level: int) -> _Streams:
+        return both(*x)
+
+    def block(self, pair: Pair, x: _Streams, level: int, shortcut: _Streams | None) -> _Streams:
+        return pair(*x, self.labels, shortcut)
+
+    def up(self, both: Both, x: _Streams, level: int) -> _Streams:
+        rows, columns = (-(-side // 2 ** (level - 1)) for side in self.shape[:2])
+        u, ul = both(*x)
+        return u[..., :rows, :columns], ul[..., :rows, :columns]
+
+
 class PixelCNNPP(Autoregressive):
     """log p(x) or log p(x|y) = sum_t log p(x_t | x_<t, y), exact, over pixels in raster order.
 
@@ -204,20 +242,32 @@ class PixelCNNPP(Autoregressive):
         above, left = F.pad(x, (0, 0, 1, -1)), F.pad(x, (1, -1, 0, 0))
         u = self.first_u(above).unsqueeze(1)
         ul = (self.first_above(above) + self.first_left(left)).unsqueeze(1)
-        states = []
+        return self.passes((u, ul), _Whole(self.shape, labels))[1]
+
+    def passes(self, x: _T, walk: Walk[_T]) -> _T:
+        """Go down to the lowest resolution and up again, and return the last state.
+
+        Args:
+            x: the first state: of both streams, or of one.
+            walk: what is done there; the shortcuts are kept here.
+        """
+        states = [x]
         for level, pairs in enumerate(self.down):
             if level:
-                u, ul = self.downsample[level - 1](u, ul)
-            states.append((u, ul))
-            for pair in cast("nn.ModuleList", pairs):
-                u, ul = pair(u, ul, labels)
-                states.append((u, ul))
-        u, ul = states.pop()
+                x = walk.down(cast("Both", self.downsample[level - 1]), x, level)
+                states.append(x)
+            for pair in cast("Iterable[Pair]", pairs):
+                x = walk.block(pair, x, level, None)
+                states.append(x)
+        x = states.pop()
         for level in reversed(range(len(self.up))):
-            for pair in cast("nn.ModuleList", self.up[level]):
-                u, ul = pair(u, ul, labels, states.pop())
+            for pair in cast("Iterable[Pair]", self.up[level]):
+                x = walk.block(pair, x, level, states.pop())
             if level:
-                rows, columns = states[-1][0].shape[3:]
-                u, ul = self.upsample[level - 1](u, ul)
-                u, ul = u[..., :rows, :columns], ul[..., :rows, :columns]
-        return ul
+                x = walk.up(cast("Both", self.upsample[level - 1]), x, level)
+        return x
+
+    def one_by_one(self) -> tuple[Step, Step]:
+        """Return the row's and the pixel's module of the cached sampler."""
+        row = RowStep(self)
+        return row, PixelStep(row)

@@ -25,7 +25,7 @@ from anomalyd.density.layers import CroppedConv, gate
 if TYPE_CHECKING:
     from anomalyd.density.gated_pixelcnn import GatedLayer, GatedPixelCNN
 
-__all__ = ["PixelStep", "RowStep"]
+__all__ = ["PixelStep", "RowStep", "packed", "row_of", "unpacked"]
 
 
 class RowStep(Step):
@@ -55,26 +55,28 @@ class RowStep(Step):
             above: float32 (N, W, A), and the next state (N, S).
         """
         density = self.density
-        states = _unpacked(state, self.kept)
+        states = unpacked(state, self.kept)
         above = torch.clamp(place - 1, min=0)
         values = density.centred(density.quantise(row.unsqueeze(1)))  # (N, C, 1, W)
         position = density.position.index_select(2, above).expand(row.shape[0], -1, -1, -1)
         x = torch.cat([values, position], dim=1) * (place > 0)
         window = torch.cat([states[0][:, :, 1:], x], dim=2)
         kept, links = [window], []
-        v = _row(density.first_vertical, window)
+        v = row_of(density.first_vertical, window)
         for layer, rows in zip(_layers(density), states[1:], strict=True):
             window = torch.cat([rows, v], dim=2)
             kept.append(window[:, :, 1:])
-            seen = _row(layer.vertical, window)
+            seen = row_of(layer.vertical, window)
             links.append(layer.down(seen))
             v = gate(*seen.chunk(2, dim=1))
         linked = torch.cat(links, dim=1)[:, :, 0].transpose(1, 2)
-        return linked, _packed(kept)
+        return linked, packed(kept)
 
 
 class PixelStep(Step):
     """The horizontal stack of one pixel, and its distribution."""
+
+    labelled = True
 
     def __init__(self, density: GatedPixelCNN) -> None:
         super().__init__()
@@ -110,7 +112,7 @@ class PixelStep(Step):
             log_probs: float32 (N, C, levels), and the next state (N, S).
         """
         density = self.density
-        states = _unpacked(state, self.kept)
+        states = unpacked(state, self.kept)
         row, column = place[:1], place[1:]
         left = torch.clamp(column - 1, min=0)
         drawn = density.centred(density.quantise(previous[:, None, None]))  # (N, C, 1, 1)
@@ -130,23 +132,25 @@ class PixelStep(Step):
                 mixed = mixed + layer.condition(label.unsqueeze(1))[:, 0]
             h = h + layer.out(gate(*mixed.chunk(2, dim=1)))
         inputs = density.centred(density.quantise(values[:, None, None]))
-        return density.pixel.log_probs(h, inputs)[:, 0, 0], _packed(kept)
+        return density.pixel.log_probs(h, inputs)[:, 0, 0], packed(kept)
 
 
 def _layers(density: GatedPixelCNN) -> list[GatedLayer]:
     return cast("list[GatedLayer]", list(density.layers))
 
 
-def _row(module: CroppedConv, window: Tensor) -> Tensor:
-    """Convolve kept rows, padded to the sides as ever, into one row."""
+def row_of(module: CroppedConv, window: Tensor) -> Tensor:
+    """Convolve kept rows (N, C, rows, W), padded to the sides as ever, into one row."""
     left, right, *_ = module.padding
     return module.conv(F.pad(window, (left, right)))
 
 
-def _unpacked(state: Tensor, shapes: list[tuple[int, int, int]]) -> list[Tensor]:
+def unpacked(state: Tensor, shapes: list[tuple[int, int, int]]) -> list[Tensor]:
+    """Cut a state (N, S) into tensors (N, *shape)."""
     parts = state.split([a * b * c for a, b, c in shapes], dim=1)
     return [part.unflatten(1, shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
-def _packed(states: list[Tensor]) -> Tensor:
+def packed(states: list[Tensor]) -> Tensor:
+    """Undo `unpacked`."""
     return torch.cat([state.flatten(1) for state in states], dim=1)

@@ -285,6 +285,7 @@ def _check_row(graph: Graph, manifest: Manifest) -> None:
             "state": state,
         },
         {"above": ("float32", ("N", image.width, FIXED)), "next_state": state},
+        optional=_label(manifest),
     )
 
 

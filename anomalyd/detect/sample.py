@@ -345,11 +345,16 @@ class _Run:
         states = [np.zeros((n, _side(session, "state")), np.float32) for session in (rows, steps)]
         row_state, fresh = states
         above_row = np.zeros((n, width, channels), np.uint8)
+        given_row = {
+            value.name: self.given[value.name]
+            for value in rows.get_inputs()
+            if value.name in self.given
+        }
         for row in range(height):
             above, row_state = sampler._run(
                 rows,
                 ["above", "next_state"],
-                {"row": above_row, "place": np.array([row]), "state": row_state},
+                {"row": above_row, "place": np.array([row]), "state": row_state, **given_row},
             )
             state = fresh
             previous = np.zeros((n, channels), np.uint8)

@@ -37,7 +37,7 @@ from anomalyd.train.splits import Splits
 from anomalyd.train.weights import pack_weights
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -54,7 +54,7 @@ SPLITS = ("train", "validation", "fit", "calibration")
 SCORE = "density_of_states"
 """What verdicts rest on without classes and without codes."""
 PARITY_IMAGES = 64
-SAMPLED = 1 << 14  # values of the card's picture, at most: all wait for the slowest to be drawn
+SAMPLED = 1 << 14  # values of the card's picture, at most, where all wait for the slowest
 DRAWING_SECONDS = 180.0  # of the card's picture, for who waits for a bundle does not wait for it
 FIT_PIXELS = 1 << 25
 """Pixels that a texture is fitted to, at most: some 300 MB."""
@@ -122,10 +122,10 @@ def graphs(model: Model) -> dict[str, bytes]:
     return files
 
 
-def sample_count(spec: ImageSpec) -> int:
-    """How many images the card's picture shows: sixteen, but four of many values."""
+def sample_count(spec: ImageSpec, files: Iterable[str]) -> int:
+    """How many images the card's picture shows: sixteen, but four of many values all at once."""
     values = spec.height * spec.width * spec.channels
-    return max(4, min(16, SAMPLED // values // 4 * 4))
+    return 16 if "step.onnx" in files else max(4, min(16, SAMPLED // values // 4 * 4))
 
 
 def samples(manifest: bundles.Manifest, files: Mapping[str, bytes]) -> bytes | None:
@@ -146,7 +146,7 @@ def samples(manifest: bundles.Manifest, files: Mapping[str, bytes]) -> bytes | N
             known = done
 
         try:
-            drawn = sampler.draw(sample_count(manifest.image), progress=tell)
+            drawn = sampler.draw(sample_count(manifest.image, files), progress=tell)
         except _TooSlowError:
             say(f"no picture of samples: drawing takes longer than {DRAWING_SECONDS:g} seconds")
             return None
@@ -218,7 +218,7 @@ def write(
         init=init,
         minutes_before=card.minutes_of(_card(init)) if init else 0.0,
         history=history,
-        drawn=sample_count(trained.spec) if "samples.png" in files else 0,
+        drawn=sample_count(trained.spec, files) if "samples.png" in files else 0,
         companions="main" in trained.recipe.train.frozen,
     )
     if model.kind == "density":

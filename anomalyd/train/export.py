@@ -127,6 +127,8 @@ def to_steps(density: Density) -> dict[str, bytes]:
         "place": torch.ones(1, dtype=torch.int64),
         "state": torch.zeros(n, row.state_size),
     }
+    label = {"label": torch.zeros(n, dtype=torch.int64)} if density.classes else {}
+    given |= label if row.labelled else {}
     with torch.no_grad():
         above = row(**given)[0]
     rows = _exported(row, given, ["above", "next_state"], "the row of a cached sampler")
@@ -137,8 +139,7 @@ def to_steps(density: Density) -> dict[str, bytes]:
         "place": torch.ones(2, dtype=torch.int64),
         "state": torch.zeros(n, step.state_size),
     }
-    if density.classes:
-        given["label"] = torch.zeros(n, dtype=torch.int64)
+    given |= label if step.labelled else {}
     steps = _exported(step, given, ["log_probs", "next_state"], "the step of a cached sampler")
     return {"row.onnx": rows, "step.onnx": steps}
 

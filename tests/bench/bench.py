@@ -229,23 +229,22 @@ def scoring(data: Path) -> Iterator[Row]:
 @bench
 def sampling(data: Path) -> Iterator[Row]:
     """Sixteen Fashion-MNIST images by each method, from the same noise."""
-    sampler = Sampler.load(TRAINED / "fashion-mnist-pixelcnn", device="cpu")
-    took, drawn = {}, {}
-    for method in ("cached", "jacobi", "loop"):
-        began = time.perf_counter()
-        drawn[method] = sampler.draw(16, method=method, seed=0)
-        took[method] = time.perf_counter() - began
-        yield row(f"16 samples, {method}: seconds", took[method], "{:.2f}")
-    yield row(
-        "16 samples, jacobi: runs of the graph (the loop's: 784)", drawn["jacobi"].runs, "{}"
-    )
-    for method in ("jacobi", "cached"):
-        other = int((drawn[method].images != drawn["loop"].images).any(axis=(1, 2, 3)).sum())
-        yield row(f"16 samples, {method}: images that differ from the loop's", other, "{}")
-    ties = drawn["loop"].near_ties
-    yield row("16 samples: values within 1e-6 of another level", ties, "{}")
-    ratio = took["loop"] / took[sampler.method("auto")]
-    yield row("16 samples: the default against the loop, times faster", ratio, "{:.0f}", low=100)
+    for name in ("fashion-mnist-pixelcnn", "fashion-mnist-pixelcnnpp"):
+        sampler = Sampler.load(TRAINED / name, device="cpu")
+        what, took, drawn = f"{name}: 16 samples", {}, {}
+        for method in ("cached", "jacobi", "loop"):
+            began = time.perf_counter()
+            drawn[method] = sampler.draw(16, method=method, seed=0)
+            took[method] = time.perf_counter() - began
+            yield row(f"{what}, {method}: seconds", took[method], "{:.2f}")
+        yield row(f"{what}, jacobi: runs, where the loop has 784", drawn["jacobi"].runs, "{}")
+        for method in ("jacobi", "cached"):
+            other = int((drawn[method].images != drawn["loop"].images).any(axis=(1, 2, 3)).sum())
+            yield row(f"{what}, {method}: images that differ from the loop's", other, "{}")
+        ties = drawn["loop"].near_ties
+        yield row(f"{what}: values within 1e-6 of another level", ties, "{}")
+        ratio = took["loop"] / took[sampler.method("auto")]
+        yield row(f"{what}: the default against the loop, times faster", ratio, "{:.0f}", low=100)
 
 
 @bench
