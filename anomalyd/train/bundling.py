@@ -52,7 +52,7 @@ __all__ = ["SPLITS", "Trained", "class_shares", "graphs", "samples", "write"]
 
 SPLITS = ("train", "validation", "fit", "calibration")
 SCORE = "density_of_states"
-"""What verdicts rest on without classes and without codes."""
+"""What verdicts rest on without classes, where no codes are to be read."""
 PARITY_IMAGES = 64
 SAMPLED = 1 << 14  # values of the card's picture, at most, where all wait for the slowest
 DRAWING_SECONDS = 180.0  # of the card's picture, for who waits for a bundle does not wait for it
@@ -479,7 +479,7 @@ def _score_name(trained: Trained, *, encodes: bool) -> str:
         return "texture"
     if trained.classes:
         return BY_CLASS
-    return BY_CODE if encodes else SCORE
+    return BY_CODE if encodes and trained.recipe.train.codes else SCORE
 
 
 def _golden(session: Session, spec: ImageSpec, kind: str) -> bundles.Golden:

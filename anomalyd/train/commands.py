@@ -143,6 +143,11 @@ def train(
             f"{recipe or init}: a recipe with [classifier] is of two bundles, joined and not "
             "trained; join them with `anomalyd compose CLASSIFIER DENSITY`"
         )
+    if labels and not chosen.train.codes:
+        raise UsageError(
+            f"{recipe or init}: codes = false is for bundles without classes; with --labels the "
+            "score reads the codes wherever there are any"
+        )
     if init is not None:
         recipe_of(init)  # that it is a bundle is told before images are read
     size = {

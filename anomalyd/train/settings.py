@@ -42,4 +42,7 @@ class TrainSettings:
     evaluations: int = setting(20, help="validations over the whole run", low=1)
     patience: int = setting(10, help="validations without progress before an early stop", low=1)
     checkpoint_seconds: float = setting(30.0, help="seconds between checkpoints, at most", low=0.0)
+    codes: bool = setting(
+        True, help="let the score read an encoder's codes, where there is one and no classes"
+    )
     seed: int = setting(0, help="seed of weights, splits and data order", low=0, high=2**63 - 1)

@@ -227,6 +227,26 @@ def test_companions_join_a_density_that_stays_as_it_was(bundle, fixture_data, tm
     assert "the settings of this last part, not of the weights" in card
 
 
+def test_a_score_need_not_read_codes(bundle, fixture_data, tmp_path):
+    """With codes = false a bundle with an encoder rests on its statistics alone, made anew or not.
+
+    Where there are classes that is refused, before any work.
+    """
+    path = tmp_path / "recipe.toml"
+    path.write_text(RECIPE.format(model="vae", density=VAE) + "codes = false\n")
+    given = {"data": str(fixture_data / "fashion-mnist"), "model": None, "recipe": path}
+    train(**given, out=tmp_path / "plain", init=bundle, epochs=0.0)
+    plain = read_bundle(tmp_path / "plain")
+
+    assert read_bundle(bundle).manifest.score_name == "nearest_normals"
+    assert plain.manifest.score_name == "density_of_states"
+    assert plain.calibration.fit_codes is None
+    assert "`density_of_states`" in plain.read("CARD.md").decode()
+    with pytest.raises(UsageError, match="codes = false is for bundles without classes"):
+        train(**given, out=tmp_path / "classes", labels=True)
+    assert not (tmp_path / "classes.run").exists()
+
+
 def test_no_epochs_make_the_bundle_anew(bundle, fixture_data, tmp_path):
     """--init BUNDLE --epochs 0 exports, fits and calibrates anew, and trains nothing."""
     data, before = str(fixture_data / "fashion-mnist"), read_bundle(bundle)
