@@ -101,6 +101,7 @@ class Sampler:
                 )
             raise BundleError(f"{where}: {why}")
         self.where, self.manifest, self.spec = where, manifest, manifest.image
+        self._byte_of = _bytes_of(self.spec.levels)
 
         def opened(name: str, threads: int | None) -> Any:
             what = f"{where}: {name}"
@@ -279,11 +280,8 @@ class Sampler:
         return given
 
     def _bytes(self, levels: Levels) -> NDArray[np.uint8]:
-        """Map levels to bytes that the graph reads as those levels, black and white kept."""
-        count = self.spec.levels
-        table = np.arange(count) * 255 / (count - 1)
-        table = np.maximum(np.rint(table), np.ceil(np.arange(count) * 256 / count))
-        return table.astype(np.uint8)[levels]
+        """Map levels to bytes that the graph reads as those levels."""
+        return self._byte_of[levels]
 
     def _run(self, session: Any, outputs: list[str], inputs: dict[str, Any]) -> list[Any]:
         try:
@@ -407,6 +405,13 @@ class _Run:
 
     def _tell(self, done: int) -> None:
         self.progress(done, self.sampler.steps)
+
+
+def _bytes_of(levels: int) -> NDArray[np.uint8]:
+    """Return a byte for each level that is quantised to it, black and white kept."""
+    level = np.arange(levels)
+    evenly = np.rint(level * 255 / (levels - 1))
+    return np.maximum(evenly, np.ceil(level * 256 / levels)).astype(np.uint8)
 
 
 def _size(shape: tuple[int, ...]) -> str:
