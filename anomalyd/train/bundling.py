@@ -151,7 +151,7 @@ def samples(manifest: bundles.Manifest, files: Mapping[str, bytes]) -> bytes | N
             say(f"no picture of samples: drawing takes longer than {DRAWING_SECONDS:g} seconds")
             return None
     png = io.BytesIO()
-    grid(drawn.images, side=56).save(png, "PNG", optimize=True)
+    grid(drawn.images, side=64).save(png, "PNG", optimize=True)
     return png.getvalue()
 
 
