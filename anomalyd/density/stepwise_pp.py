@@ -217,6 +217,7 @@ class _UL:
         return self.conv(cast("CroppedConv", both.ul), x, level - 1)
 
     def block(self, pair: Pair, x: Tensor, level: int, shortcut: Tensor | None) -> Tensor:
+        # There is none when a module is made, which goes through once to learn the shapes.
         terms = [*itertools.islice(self.beside, 1)]
         if shortcut is not None:
             terms.append(pair.ul.beside[1](shortcut))

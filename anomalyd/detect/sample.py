@@ -7,7 +7,7 @@ Every method turns the same noise into the same image; they differ in how often 
     loop      for each step of the density's order: run the whole graph, draw that step
     jacobi    draw every value at once from the last image, until nothing changes: the fixed point
               is the loop's image, reached in fewer runs (never more than its steps and one)
-    cached    row.onnx and step.onnx keep what they have computed: every activation once
+    cached    row.onnx and step.onnx keep what they have computed: a pixel costs no whole image
 
 It does not judge its images: a sample of an outlier model looks as convincing as any.
 """
