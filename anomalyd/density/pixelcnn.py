@@ -18,13 +18,16 @@ the pixel, and not through masks that split the features into three.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from anomalyd.density.base import Autoregressive, ImageShape
+from anomalyd.density.base import Autoregressive, ImageShape, Step
 from anomalyd.density.layers import position
 from anomalyd.density.likelihoods import likelihood
+from anomalyd.density.stepwise_stack import PixelStep, RowStep
 
 __all__ = ["MaskedConv", "PixelCNN"]
 
@@ -57,10 +60,16 @@ class MaskedConv(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """h + 1x1, 3x3 of mask B at half the width, 1x1: an ELU before each."""
+    """h + 1x1, 3x3 of mask B at half the width, 1x1: an ELU before each.
+
+    Attributes:
+        above: channels that it reads of the row above a pixel.
+        left: channels that it reads of the pixel to the left.
+    """
 
     def __init__(self, features: int) -> None:
         super().__init__()
+        self.above = self.left = features // 2
         self.layers = nn.Sequential(
             nn.ELU(),
             nn.Conv2d(features, features // 2, 1),
@@ -73,6 +82,26 @@ class ResidualBlock(nn.Module):
     def forward(self, h: Tensor) -> Tensor:
         """Map (N, features, H, W) likewise."""
         return h + self.layers(h)
+
+    def row(self, h: Tensor, above: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Map a row given `above`; return also what the row below sees: see `stepwise_stack`."""
+        seen = self.layers[:3](h)
+        mixed = above + self._masked.left(F.pad(seen, self._masked.columns))
+        return h + self.layers[4:](mixed), seen
+
+    def below(self, seen: Tensor) -> Tensor:
+        """Return what a row reads of the row above."""
+        return self._masked.above(F.pad(seen, (1, 1)))
+
+    def pixel(self, h: Tensor, above: Tensor, left: Tensor) -> tuple[Tensor, Tensor]:
+        """Map a pixel; return also what the next one reads of it."""
+        seen = self.layers[:3](h)
+        mixed = above + self._masked.left(torch.cat([left, seen], dim=3))
+        return h + self.layers[4:](mixed), seen
+
+    @property
+    def _masked(self) -> MaskedConv:
+        return cast("MaskedConv", self.layers[3])
 
 
 class PixelCNN(Autoregressive):
@@ -118,3 +147,8 @@ class PixelCNN(Autoregressive):
         """Return what each pixel's distribution is conditioned on, (N, 1, F, H, W)."""
         x = torch.cat([inputs, self.position.expand(inputs.shape[0], -1, -1, -1)], dim=1)
         return self.last(self.blocks(self.first(x))).unsqueeze(1)
+
+    def one_by_one(self) -> tuple[Step, Step]:
+        """Return the row's and the pixel's module of the cached sampler."""
+        row = RowStep(self, self.blocks)
+        return row, PixelStep(row)

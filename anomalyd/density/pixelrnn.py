@@ -25,10 +25,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._higher_order_ops.scan import scan
 
-from anomalyd.density.base import Autoregressive, ImageShape
+from anomalyd.density.base import Autoregressive, ImageShape, Step
 from anomalyd.density.layers import position
 from anomalyd.density.likelihoods import likelihood
 from anomalyd.density.pixelcnn import MaskedConv
+from anomalyd.density.stepwise_stack import PixelStep, RowStep
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -79,6 +80,11 @@ class PixelRNN(Autoregressive):
             x = layer(x, inputs)
         return self.last(x.permute(3, 0, 1, 2)).unsqueeze(1)
 
+    def one_by_one(self) -> tuple[Step, Step]:
+        """Return the row's and the pixel's module of the cached sampler."""
+        row = RowStep(self, self.layers)
+        return row, PixelStep(row)
+
 
 class Kernels(nn.Module):
     """K_is (1x1) and K_ss of an LSTM, which yield its gates i, f, o and the new content g.
@@ -97,6 +103,15 @@ class Kernels(nn.Module):
         nn.init.zeros_(self.input_to_state.bias)
         nn.init.ones_(self.input_to_state.bias[features : 2 * features])
 
+    def of_image(self, x: Tensor) -> Tensor:
+        """Return K_is * x, (N, inputs, 1, W) to (N, 4h, 1, W)."""
+        return mapped(self.input_to_state.weight, x, self.input_to_state.bias)
+
+    def tap(self, number: int) -> Tensor:
+        """Return K_ss of one tap, (4h, h)."""
+        features = self.state_to_state.out_features // 4
+        return self.state_to_state.weight[:, number * features : (number + 1) * features]
+
 
 class RowLayer(nn.Module):
     """x + up(h), h an LSTM over rows: gates = K_is * x (1x3, mask B) + K_ss * h above (3 wide).
@@ -104,10 +119,16 @@ class RowLayer(nn.Module):
     Args:
         features: h; the layer maps 2h features to 2h.
         channels: of the image, which this layer does not read.
+
+    Attributes:
+        above: channels of K_ss * h and of c of the row above a pixel.
+        left: channels of x of the pixel to the left.
     """
 
     def __init__(self, features: int, channels: int) -> None:
         super().__init__()
+        self.features = features
+        self.above, self.left = 5 * features, 2 * features
         self.lstm = Kernels(2 * 2 * features, 3, features)
         self.up = nn.Linear(features, 2 * features)
 
@@ -118,6 +139,26 @@ class RowLayer(nn.Module):
         kernel = self.lstm.state_to_state.weight.unsqueeze(0)
         hidden = recurrence(gates.movedim(1, 0).unsqueeze(1), kernel, (1, 0, -1))
         return x + pointwise(self.up, hidden.squeeze(1).movedim(0, 1))
+
+    def row(self, x: Tensor, above: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Map a row (N, 2h, 1, W); return also h and c: see `stepwise_stack`."""
+        return self._step(x, above, F.pad(x, (1, -1)))
+
+    def below(self, seen: Tensor) -> Tensor:
+        """Return K_ss * h of the row above, and its c."""
+        h, c = seen.chunk(2, dim=1)
+        shifted = (F.pad(h, (shift, -shift)) for shift in (1, 0, -1))
+        terms = [mapped(self.lstm.tap(i), h) for i, h in enumerate(shifted)]
+        return torch.cat([terms[0] + terms[1] + terms[2], c], dim=1)
+
+    def pixel(self, x: Tensor, above: Tensor, left: Tensor) -> tuple[Tensor, Tensor]:
+        """Map a pixel (N, 2h, 1, 1); return also what the next one reads of it."""
+        return self._step(x, above, left)[0], x
+
+    def _step(self, x: Tensor, above: Tensor, left: Tensor) -> tuple[Tensor, Tensor]:
+        term, c = above.split([4 * self.features, self.features], dim=1)
+        h, c = gated(self.lstm.of_image(torch.cat([left, x], dim=1)) + term, c)
+        return x + mapped(self.up.weight, h, self.up.bias), torch.cat([h, c], dim=1)
 
 
 class DiagonalLayer(nn.Module):
@@ -132,10 +173,16 @@ class DiagonalLayer(nn.Module):
     Args:
         features: h; the layer maps 2h features to 2h.
         channels: of the image.
+
+    Attributes:
+        above: channels of K_ss * h rightward, and of h leftward, of the pixel above.
+        left: channels of h and c rightward of the pixel to the left.
     """
 
     def __init__(self, features: int, channels: int) -> None:
         super().__init__()
+        self.features = features
+        self.above, self.left = 5 * features, 2 * features
         self.rightward = Kernels(2 * features, 2, features)
         self.leftward = Kernels(2 * features + channels, 2, features)
         self.up = nn.Linear(features, 2 * features)
@@ -149,6 +196,36 @@ class DiagonalLayer(nn.Module):
         kernel = torch.stack([lstm.state_to_state.weight for lstm in lstms])
         right, left = over_diagonals(torch.stack(gates), kernel)
         return x + pointwise(self.up, right + F.pad(left.flip(2), (0, 0, 0, 0, 1, -1)))
+
+    def row(self, x: Tensor, above: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Map a row (N, 2h, 1, W); return also h of both directions: see `stepwise_stack`.
+
+        In a row the LSTMs walk from pixel to pixel: a line is one pixel wide.
+        """
+        term, before = self._of(above)
+        right = self.rightward.of_image(x) + term
+        left = self.leftward.of_image(torch.cat([x, pixels], dim=1))
+        left = (left + mapped(self.leftward.tap(0), before)).flip(3)
+        lines = torch.stack([right, left]).permute(4, 0, 2, 3, 1)
+        kernel = torch.stack([lstm.tap(1) for lstm in (self.rightward, self.leftward)])
+        h_right, h_left = recurrence(lines, kernel, (0,)).permute(1, 4, 2, 3, 0)
+        seen = torch.cat([h_right, h_left.flip(3)], dim=1)
+        return x + mapped(self.up.weight, h_right + before, self.up.bias), seen
+
+    def below(self, seen: Tensor) -> Tensor:
+        """Return K_ss * h rightward of the pixel above, and h leftward."""
+        right, left = seen.chunk(2, dim=1)
+        return torch.cat([mapped(self.rightward.tap(0), right), left], dim=1)
+
+    def pixel(self, x: Tensor, above: Tensor, left: Tensor) -> tuple[Tensor, Tensor]:
+        """Map a pixel (N, 2h, 1, 1); return also what the next one reads of it."""
+        (term, before), (h, c) = self._of(above), left.chunk(2, dim=1)
+        term = term + mapped(self.rightward.tap(1), h)
+        h, c = gated(self.rightward.of_image(x) + term, c)
+        return x + mapped(self.up.weight, h + before, self.up.bias), torch.cat([h, c], dim=1)
+
+    def _of(self, above: Tensor) -> tuple[Tensor, ...]:
+        return above.split([4 * self.features, self.features], dim=1)
 
 
 def over_diagonals(gates: Tensor, kernel: Tensor) -> Tensor:
@@ -248,8 +325,13 @@ def cell(
     pixels = line.shape[2]
     taps = torch.cat([slide(h, shift - ahead, pixels) for shift in shifts], dim=1)
     gates = torch.baddbmm(line.flatten(2), kernel, taps.flatten(2)).unflatten(2, line.shape[2:])
+    return gated(gates, slide(c, -ahead, pixels))
+
+
+def gated(gates: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    """Return h' and c' given the gates i, f, o, g, each as many channels as c."""
     i, f, o, g = gates.chunk(4, dim=1)
-    c = torch.sigmoid(f) * slide(c, -ahead, pixels) + torch.sigmoid(i) * torch.tanh(g)
+    c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
     return torch.sigmoid(o) * torch.tanh(c), c
 
 
@@ -268,6 +350,11 @@ def pointwise(linear: nn.Linear, x: Tensor) -> Tensor:
     """Apply a 1x1 convolution to (inputs, H, W, N)."""
     flat = torch.addmm(linear.bias.unsqueeze(1), linear.weight, x.flatten(1))
     return flat.unflatten(1, x.shape[1:])
+
+
+def mapped(weight: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Apply a 1x1 convolution, weight (outputs, inputs), to (N, inputs, H, W)."""
+    return F.conv2d(x, weight[:, :, None, None], bias)
 
 
 class RowLSTM(PixelRNN):

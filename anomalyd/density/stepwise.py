@@ -23,9 +23,10 @@ from anomalyd.density.base import Step
 from anomalyd.density.layers import CroppedConv, gate
 
 if TYPE_CHECKING:
+    from anomalyd.density.base import Model
     from anomalyd.density.gated_pixelcnn import GatedLayer, GatedPixelCNN
 
-__all__ = ["PixelStep", "RowStep", "packed", "row_of", "unpacked"]
+__all__ = ["PixelStep", "RowStep", "inputs_of", "packed", "row_of", "unpacked"]
 
 
 class RowStep(Step):
@@ -57,9 +58,8 @@ class RowStep(Step):
         density = self.density
         states = unpacked(state, self.kept)
         above = torch.clamp(place - 1, min=0)
-        values = density.centred(density.quantise(row.unsqueeze(1)))  # (N, C, 1, W)
-        position = density.position.index_select(2, above).expand(row.shape[0], -1, -1, -1)
-        x = torch.cat([values, position], dim=1) * (place > 0)
+        x = inputs_of(density, row.unsqueeze(1), density.position.index_select(2, above))
+        x = x * (place > 0)
         window = torch.cat([states[0][:, :, 1:], x], dim=2)
         kept, links = [window], []
         v = row_of(density.first_vertical, window)
@@ -115,10 +115,8 @@ class PixelStep(Step):
         states = unpacked(state, self.kept)
         row, column = place[:1], place[1:]
         left = torch.clamp(column - 1, min=0)
-        drawn = density.centred(density.quantise(previous[:, None, None]))  # (N, C, 1, 1)
         position = density.position.index_select(2, row).index_select(3, left)
-        position = position.expand(previous.shape[0], -1, -1, -1)
-        x = torch.cat([drawn, position], dim=1) * (column > 0)
+        x = inputs_of(density, previous[:, None, None], position) * (column > 0)
         window = torch.cat([states[0][..., 1:], x], dim=3)
         kept = [window]
         h = density.first_horizontal.conv(window)
@@ -137,6 +135,12 @@ class PixelStep(Step):
 
 def _layers(density: GatedPixelCNN) -> list[GatedLayer]:
     return cast("list[GatedLayer]", list(density.layers))
+
+
+def inputs_of(density: Model, images: Tensor, position: Tensor) -> Tensor:
+    """Return what a first layer reads of uint8 (N, h, w, C), values and position."""
+    values = density.centred(density.quantise(images))
+    return torch.cat([values, position.expand(images.shape[0], -1, -1, -1)], dim=1)
 
 
 def row_of(module: CroppedConv, window: Tensor) -> Tensor:

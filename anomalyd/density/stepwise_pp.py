@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from anomalyd.density.base import Step
-from anomalyd.density.stepwise import packed, row_of, unpacked
+from anomalyd.density.stepwise import inputs_of, packed, row_of, unpacked
 
 if TYPE_CHECKING:
     from torch import nn
@@ -54,17 +54,7 @@ class RowStep(Step):
     def forward(
         self, row: Tensor, place: Tensor, state: Tensor, label: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Compute what the row's pixels read of the rows above them.
-
-        Args:
-            row: uint8 (N, W, C), the row above, as drawn; not read for the first row.
-            place: int64 (1,), the number of the row.
-            state: float32 (N, S).
-            label: int64 (N,), with classes.
-
-        Returns:
-            above: float32 (N, W, A), and the next state (N, S).
-        """
+        """Compute what the row's pixels read of those above; arguments as `stepwise.RowStep`'s."""
         states = state.split([_size(shapes) for shapes in self.kept], dim=1)
         old = [unpacked(*pair) for pair in zip(states, self.kept, strict=True)]
         rows, upper, beside = self.advance(row, place, old, label)
@@ -81,7 +71,7 @@ class RowStep(Step):
         """
         density, (rows, upper, beside) = self.density, old
         above = torch.clamp(place - 1, min=0)
-        x = _inputs(density, row.unsqueeze(1), density.position.index_select(2, above))
+        x = inputs_of(density, row.unsqueeze(1), density.position.index_select(2, above))
         x = x * (place > 0)
         # At the first row there is no row above, and nothing moves on.
         again = _RowOfUL(density, _moves(density, place - 1), upper, beside, label)
@@ -125,19 +115,7 @@ class PixelStep(Step):
         state: Tensor,
         label: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Compute the distribution of one pixel.
-
-        Args:
-            previous: uint8 (N, C), the pixel to the left; not read in the first column.
-            values: uint8 (N, C), the channels of this pixel drawn so far.
-            above: float32 (N, A), this column of `RowStep`'s.
-            place: int64 (2,), row and column.
-            state: float32 (N, S), zero in the first column.
-            label: int64 (N,), with classes.
-
-        Returns:
-            log_probs: float32 (N, C, levels), and the next state (N, S).
-        """
+        """Compute the distribution of one pixel; arguments as `stepwise.PixelStep`'s."""
         density, old = self.density, unpacked(state, self.kept)
         context, kept = self.advance(previous, above, place, old, label)
         inputs = density.centred(density.quantise(values[:, None, None]))
@@ -155,7 +133,7 @@ class PixelStep(Step):
         density, row, column = self.density, place[:1], place[1:]
         left = torch.clamp(column - 1, min=0)
         position = density.position.index_select(2, row).index_select(3, left)
-        x = _inputs(density, previous[:, None, None], position) * (column > 0)
+        x = inputs_of(density, previous[:, None, None], position) * (column > 0)
         parts = list(above[:, :, None, None].split(self.read, dim=1))
         upper, beside = parts[: self.upper], parts[self.upper :]
         rows, columns = _moves(density, row), _moves(density, column)
@@ -292,12 +270,6 @@ class _PixelOfUL(_UL):
         here = torch.where(moves, now, self.kept.swap(later, moves))
         # The second of two rows reads what the first handed up.
         return torch.where(self.rows[level], here, next(self.upper))
-
-
-def _inputs(density: PixelCNNPP, images: Tensor, position: Tensor) -> Tensor:
-    """Return what the first layer reads of uint8 (N, h, w, C), values and position."""
-    values = density.centred(density.quantise(images))
-    return torch.cat([values, position.expand(images.shape[0], -1, -1, -1)], dim=1)
 
 
 def _moves(density: PixelCNNPP, place: Tensor) -> list[Tensor]:

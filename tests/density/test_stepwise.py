@@ -7,7 +7,9 @@ import torch
 
 from anomalyd.density.base import Density, ImageShape
 from anomalyd.density.gated_pixelcnn import GatedPixelCNN
+from anomalyd.density.pixelcnn import PixelCNN
 from anomalyd.density.pixelcnnpp import PixelCNNPP
+from anomalyd.density.pixelrnn import DiagonalBiLSTM, RowLSTM
 
 
 def gated(shape: ImageShape, classes: int) -> Density:
@@ -19,13 +21,27 @@ def halved(shape: ImageShape, classes: int) -> Density:
     return PixelCNNPP(shape, classes, features=(4, 6, 8), blocks=(1, 0, 2), pixel=pixel)
 
 
-@pytest.mark.parametrize("classes", [0, 3], ids=["p(x)", "p(x|y)"])
+def masked(shape: ImageShape, classes: int) -> Density:
+    return PixelCNN(shape, features=6, blocks=3, kernel=5)
+
+
+def lines(shape: ImageShape, classes: int) -> Density:
+    return RowLSTM(shape, features=4, layers=2)
+
+
+def diagonals(shape: ImageShape, classes: int) -> Density:
+    return DiagonalBiLSTM(shape, features=4, layers=2)
+
+
 @pytest.mark.parametrize(
     "sides",
     [(8, 8, 1, 256), (9, 11, 3, 16), (7, 5, 1, 2), (1, 6, 1, 4), (6, 1, 3, 4)],
     ids=["even", "odd", "binary", "one row", "one column"],
 )
-@pytest.mark.parametrize("density", [gated, halved])
+@pytest.mark.parametrize(
+    ("density", "classes"),
+    [(gated, 0), (gated, 3), (halved, 0), (halved, 3), (masked, 0), (lines, 0), (diagonals, 0)],
+)
 @torch.no_grad()
 def test_a_pixel_at_a_time_gives_the_probabilities_of_whole_images(density, sides, classes):
     """Row by row and pixel by pixel, from states alone, p(x_t | x_<t) is what `log_probs` says."""

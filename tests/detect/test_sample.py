@@ -13,7 +13,9 @@ from tiny import tiny_bundle, tiny_manifest
 from anomalyd.density.base import Density, ImageShape
 from anomalyd.density.gated_pixelcnn import GatedPixelCNN
 from anomalyd.density.multiscale import Multiscale
+from anomalyd.density.pixelcnn import PixelCNN
 from anomalyd.density.pixelcnnpp import PixelCNNPP
+from anomalyd.density.pixelrnn import DiagonalBiLSTM, RowLSTM
 from anomalyd.detect import sample
 from anomalyd.detect.sample import Sampler, grid
 from anomalyd.errors import BundleError, UsageError
@@ -68,6 +70,24 @@ def halved() -> Sampler:
     return sampler(far_from_uniform(made), ["cat", "dog"])
 
 
+@pytest.fixture(scope="module")
+def masked() -> Sampler:
+    torch.manual_seed(0)
+    return sampler(far_from_uniform(PixelCNN(COLOUR, features=8, blocks=2)), None)
+
+
+@pytest.fixture(scope="module")
+def rows() -> Sampler:
+    torch.manual_seed(0)
+    return sampler(far_from_uniform(RowLSTM(COLOUR, features=4, layers=2)), None)
+
+
+@pytest.fixture(scope="module")
+def diagonals() -> Sampler:
+    torch.manual_seed(0)
+    return sampler(far_from_uniform(DiagonalBiLSTM(COLOUR, features=4, layers=2)), None)
+
+
 @pytest.mark.parametrize("label", ["cat", "dog"])
 def test_samples_follow_the_enumerated_distribution(square, label):
     """100,000 draws of one class fit the exact probabilities of all 256 images (chi-square)."""
@@ -89,7 +109,7 @@ def test_samples_follow_the_enumerated_distribution(square, label):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
-@pytest.mark.parametrize("which", ["square", "colour", "halved"])
+@pytest.mark.parametrize("which", ["square", "colour", "halved", "masked", "rows", "diagonals"])
 def test_three_methods_draw_the_same_images(which, temperature, request):
     """Loop and fixed-point iteration agree bit for bit; the cached sampler up to near ties."""
     made = request.getfixturevalue(which)
