@@ -41,6 +41,8 @@ soak: .venv/all
 # The numbers in README and cards, and the speed ratios; minutes, not seconds.
 bench: data .venv/all debian $(PEERS:%=.venv-proofs/%/installed)
 	$(BIN)/python tests/bench/bench.py --data $(DATA)
+	$(BIN)/python tests/bench/binarized.py --data $(DATA)
+	$(BIN)/python tests/bench/few_labels.py --data $(DATA)/fashion-mnist
 	for name in ratio workers; do $(BIN)/python tests/bench/bench_scale.py --data $(DATA) --only $$name || exit; done
 
 # The tables of outliers in trained/README.md: a few minutes a PixelCNN, then half an hour of training.

@@ -680,6 +680,7 @@ def sample(
     """Draw images from the density in BUNDLE, or the rest of an image given its top."""
     import numpy as np
 
+    from anomalyd.detect.output import check_place, whole
     from anomalyd.detect.sample import Sampler, grid
     from anomalyd.images import to_pixels
 
@@ -688,7 +689,10 @@ def sample(
     keep = keep or "top-half"
     if output.suffix.lower() != ".png":
         raise UsageError(f"--output {output}: samples are written as .png")
+    check_place("--output", output)
     sampler = Sampler.load(bundle, device=device)
+    if complete is not None:
+        sampler.kept(keep)  # refused before the image is read
     try:
         given = None if complete is None else to_pixels(complete, sampler.spec)
     except ImageError as error:
@@ -717,10 +721,8 @@ def sample(
         kept = np.where(sampler.kept(keep), given, np.uint8(128))
         images = np.concatenate([given[None], kept[None], images])
         columns = len(images)
-    try:
-        grid(images, columns=columns).save(output)
-    except OSError as error:
-        raise AnomalydError(f"--output {output} cannot be written: {error.strerror}") from error
+    with whole("--output", output) as part:
+        grid(images, columns=columns).save(part, format="png")
     labels = f" of {', '.join(sorted(set(drawn.labels)))}" if drawn.labels else ""
     _say(f"{output}: {len(drawn.images)} images{labels}, drawn by {drawn.method}, seed {seed}")
     return 0

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -66,6 +67,7 @@ def wait_for(part, size, process):
         time.sleep(0.01)
 
 
+DIGITS = Path(__file__).parents[1] / "trained" / "mnist-pixelcnn"
 COMMANDS = [[], ["train"], ["export"], ["calibrate"], ["evaluate"], ["score"], ["serve"]]
 COMMANDS += [["sample"], ["embed"], ["bundle"], ["bundle", "inspect"], ["bundle", "verify"]]
 COMMANDS += [["config"], ["config", "check"]]
@@ -220,7 +222,9 @@ def test_errors_are_one_line(run, bundle, images, tmp_path):
         (["sample", bundle, "-n", "0"], 2, "-n"),
         (["sample", bundle, "-n", "10001"], 2, "-n"),
         (["sample", bundle, "--seed", "-1"], 2, "--seed"),
-        (["sample", drawn, "--complete", tmp_path / "nope.png"], 1, "nope.png: "),
+        (["sample", drawn, "--complete", tmp_path / "nope.png"], 2, "from the top down"),
+        (["sample", DIGITS, "--complete", tmp_path / "nope.png"], 1, "nope.png: "),
+        (["sample", drawn, "--output", tmp_path / "no/x.png"], 1, "there is no folder"),
         (["bundle", "verify", "/"], 1, "bundle /: "),
         (["bundle", "verify", "x" * 253], 1, "cannot be listed: No such file"),
         (["bundle", "verify", "a\x1b[2Jb"], 1, r"bundle a\x1b[2Jb: "),
@@ -269,14 +273,14 @@ def test_a_stdout_that_takes_nothing_is_no_traceback(bundle, redirection, code, 
 
 
 def test_a_photograph_is_not_completed_by_a_density_of_tiles(run, images, tmp_path):
-    """It draws one tile: an image of another size is refused, in one line."""
+    """It draws tiles: an image to complete is refused, in one line, whatever its size."""
     path = tiny.tiny_tiled(tmp_path)
     tiny.put(path, "sampler.onnx", tiny.tiny_sampler().SerializeToString())
     Image.fromarray(np.zeros((9, 12), np.uint8)).save(tmp_path / "large.png")
     command = ["sample", path, "--output", tmp_path / "x.png", "--complete"]
     code, _, err = run(*command, tmp_path / "large.png")
     assert (code, err.count("\n")) == (2, 1)
-    assert "an image of 9x12x1" in err
+    assert "a density of tiles" in err
 
 
 def test_a_report_that_cannot_be_written_loses_no_evaluation(run, bundle, images, monkeypatch):

@@ -67,8 +67,8 @@ class Autoencoder(Model):
         """Return the mean squared error of each image: (N,)."""
         return self._error(images)[0].mean(dim=(1, 2))
 
-    def log_prob(self, images: Tensor) -> NoReturn:
-        """Refuse.
+    def log_prob(self, images: Tensor, *given: Tensor | None) -> NoReturn:
+        """Refuse; `log_probs` likewise.
 
         Raises:
             TypeError: always.

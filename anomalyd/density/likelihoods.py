@@ -188,11 +188,12 @@ def _chosen(logits: Tensor, index: Tensor) -> Tensor:
 def _surprise(logits: Tensor, index: Tensor) -> Surprise:
     """Return the surprise at a choice from softmax(logits) over the channels of (N, L, H, W)."""
     logits = logits.float()
+    logits = logits - logits.amax(dim=1, keepdim=True)
+    chosen = logits.gather(1, index.unsqueeze(1))[:, 0]
     # Levels that are absent stand at -1e30, whose square is not finite.
-    logits = (logits - logits.amax(dim=1, keepdim=True)).clamp(min=-1e4)
+    logits = logits.clamp(min=-1e4)
     weights = torch.exp(logits)
     weights = weights / weights.sum(dim=1, keepdim=True)
-    chosen = logits.gather(1, index.unsqueeze(1))[:, 0]
     log_z = torch.logsumexp(logits, dim=1)
     mean = (weights * logits).sum(dim=1)
     square = (weights * logits * logits).sum(dim=1)

@@ -29,9 +29,11 @@ __all__ = [
     "Journal",
     "Row",
     "Writer",
+    "check_place",
     "columns",
     "file_format",
     "make_writer",
+    "whole",
     "write_file",
 ]
 
@@ -129,6 +131,43 @@ def write_file(
             new.replace(path)
         finally:
             new.unlink(missing_ok=True)
+
+
+def check_place(option: str, path: Path) -> None:
+    """See that a file can be written there, before anything is done for it.
+
+    Args:
+        option: what messages begin with, such as --output.
+        path: the file to be.
+
+    Raises:
+        UsageError: a folder is there.
+        AnomalydError: there is no folder to put it in, or one that cannot be written to.
+    """
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise AnomalydError(f"{option} {path}: there is no folder {path.parent}; make it first")
+    if path.is_dir():
+        raise UsageError(f"{option} {path}: a folder is there; name a file")
+    if not os.access(folder, os.W_OK):
+        raise AnomalydError(f"{option} {path}: its folder cannot be written to; name another")
+
+
+@contextmanager
+def whole(option: str, path: Path) -> Iterator[Path]:
+    """Name a file to write, which takes the place of `path` at the end, or goes if that fails.
+
+    Raises:
+        AnomalydError: the disk refuses.
+    """
+    part = path.with_name(path.name + ".part")
+    try:
+        yield part
+        part.replace(path)
+    except OSError as error:
+        raise AnomalydError(f"{option} {path} cannot be written: {error.strerror}") from error
+    finally:
+        part.unlink(missing_ok=True)
 
 
 class Journal:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import base64
 import datetime
 import io
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -21,8 +20,9 @@ from anomalyd.detect import plots
 from anomalyd.detect.discoveries import SHARE, SPLITS
 from anomalyd.detect.heatmap import beside_png
 from anomalyd.detect.localisation import FALSE_POSITIVES
+from anomalyd.detect.output import check_place, whole
 from anomalyd.detect.pipeline import item_name, maps_of, scored
-from anomalyd.errors import AnomalydError, ImageError, UsageError
+from anomalyd.errors import ImageError, UsageError
 from anomalyd.images import to_mask
 
 if TYPE_CHECKING:
@@ -111,12 +111,7 @@ def check_report(path: Path) -> None:
     """
     if path.suffix.lower() not in (".html", ".htm"):
         raise UsageError(f"--report {path}: a report is written as .html; name it so")
-    if not path.absolute().parent.is_dir():
-        raise AnomalydError(f"--report {path}: there is no folder {path.parent}; make it first")
-    if path.is_dir():
-        raise UsageError(f"--report {path}: a folder is there; name a file")
-    if not os.access(path.absolute().parent, os.W_OK):
-        raise AnomalydError(f"--report {path}: its folder cannot be written to; name another")
+    check_place("--report", path)
     plots.require_matplotlib()
 
 
@@ -141,14 +136,8 @@ def write_report(
         AnomalydError: the disk refuses.
     """
     page = html(result, detector, masks=masks, thumbnails=thumbnails)
-    part = path.with_name(path.name + ".part")
-    try:
+    with whole("--report", path) as part:
         part.write_text(page, encoding="utf-8", errors="backslashreplace")
-        os.replace(part, path)
-    except OSError as error:
-        raise AnomalydError(f"--report {path} cannot be written: {error.strerror}") from error
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def html(

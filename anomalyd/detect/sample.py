@@ -55,8 +55,10 @@ class Drawn:
         labels: the class of each, by name; None without classes.
         method: how they were drawn.
         runs: how often the whole graph ran.
-        near_ties: values whose noise lay within 1e-6 of a cumulative probability: there, and
-            only there, another method's rounding may choose the next level.
+        near_ties: values whose noise lay within 1e-6 of a cumulative probability, where another
+            method's rounding may choose the next level. Cumulative probabilities of the cached
+            sampler differ from the whole graph's by more at times (1e-5, in large densities):
+            then a level may differ that is not counted here.
     """
 
     images: NDArray[np.uint8]
@@ -222,10 +224,16 @@ class Sampler:
         """Which values a completion keeps: bool (H, W, C).
 
         Raises:
-            UsageError: no such part, or one that this density does not draw first.
+            UsageError: no such part, or one that this density does not draw first; a density of
+                tiles.
         """
         if keep not in KEEP:
             raise UsageError(f"--keep {keep}: one of {', '.join(KEEP)}")
+        if self.spec.on_mismatch == "tile":
+            raise UsageError(
+                f"--complete: {self.where} is a density of tiles, cut from photographs; it draws "
+                "tiles, and completes no photograph"
+            )
         kept = np.zeros(self._shape, bool)
         kept[: round(self.spec.height * KEEP[keep])] = True
         # What is kept must come first: else the rest is not drawn given all of it.

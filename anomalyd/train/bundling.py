@@ -74,7 +74,7 @@ class Trained:
 
     Attributes:
         model: with the best weights, on the CPU.
-        recipe: every setting, the epochs really taken among them.
+        recipe: every setting, the epochs that were planned among them, by --minutes or not.
         spec: the images it takes.
         images: what it was trained on, decoded.
         splits: who saw which image.

@@ -199,7 +199,7 @@ def _drawn(training: Training) -> str:
 
 ![{training.drawn} images drawn at temperature 1](samples.png)
 
-The first {training.drawn} that `anomalyd sample` draws, at temperature 1.
+What `anomalyd sample -n {training.drawn}` draws, at temperature 1.
 
 """
 

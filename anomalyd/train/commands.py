@@ -33,7 +33,7 @@ from anomalyd.train import loop
 from anomalyd.train.bundling import SPLITS, Trained, class_shares, graphs, samples, write
 from anomalyd.train.data import TrainingData, claim, classes_of, excluded, gather, reopen
 from anomalyd.train.export import check_parity, outputs_of
-from anomalyd.train.models import assemble
+from anomalyd.train.models import TOO_LARGE, assemble, out_of_memory
 from anomalyd.train.progress import counting, say, training
 from anomalyd.train.recipe import (
     Recipe,
@@ -386,6 +386,10 @@ def _run(job: _Job, out: Path, folder: Path, workers: Workers, *, device: str) -
     except KeyboardInterrupt:
         say(f"stopped at a checkpoint; go on with: anomalyd train {job.data} --out {out} --resume")
         raise
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        raise TrainingError(f"{recipe.model}: {TOO_LARGE}") from error
     workers.leave()
     if not workers.first:
         return 0

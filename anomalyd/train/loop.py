@@ -165,7 +165,7 @@ def fit(
         steps=run.step,
         budget=run.budget,
         steps_per_epoch=run.batches_per_epoch,
-        images=run.step * settings.batch_size,
+        images=run.step * min(settings.batch_size, len(run.rows)),
         seconds=run.stopwatch.total(),
         validation=run.best_loss,
         stopped_early=run.stopped,
@@ -317,7 +317,7 @@ class _Run:
                 f"adamw_learning_rate ({self.settings.adamw_learning_rate:g}) in the recipe and "
                 "start again"
             )
-        speed = self.settings.batch_size / (time.monotonic() - began)
+        speed = min(self.settings.batch_size, len(self.rows)) / (time.monotonic() - began)
         self.images_per_second += (speed - self.images_per_second) * (
             0.02 if self.step > 50 else 0.2
         )

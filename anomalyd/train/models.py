@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from anomalyd.images import ImageSpec
     from anomalyd.train.recipe import Recipe
 
-__all__ = ["MODELS", "assemble", "build"]
+__all__ = ["MODELS", "TOO_LARGE", "assemble", "build", "out_of_memory"]
 
 MODELS = {
     "gated-pixelcnn": "anomalyd.density.gated_pixelcnn:GatedPixelCNN",
@@ -38,6 +38,11 @@ MODELS = {
 
 FROM_ZERO = ("blocks", "label_blocks", "layers", "shift")
 """Options of which a model may have none; all other whole numbers are at least 1."""
+
+TOO_LARGE = (
+    "does not fit into this machine's memory; lower what the recipe says of its size, such as "
+    "features, kernel or dilations, the batch_size, or --image-size"
+)
 
 
 def assemble(
@@ -132,8 +137,14 @@ def build(name: str, spec: ImageSpec, options: Mapping[str, Any], classes: int =
     try:
         return model(shape, **({"classes": classes} if takes_classes else {}), **options)
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:
-        # A RuntimeError is torch's, such as weights that do not fit into memory.
+        if isinstance(error, RuntimeError) and out_of_memory(error):
+            raise UsageError(f"{name}: {TOO_LARGE}") from error
         raise UsageError(f"{name}: {' '.join(str(error).split())[:200]}") from error
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """Tell whether it is torch's complaint about memory, which has no type of its own on a CPU."""
+    return any(words in str(error) for words in ("allocate memory", "out of memory"))
 
 
 def _check_option(key: str, kind: str, value: Any, model: str) -> None:

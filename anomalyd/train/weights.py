@@ -77,7 +77,7 @@ def start_from(model: Model, weights: dict[str, Tensor], prefix: str = "") -> li
     # A vector or a bank of noise fits many a model, and is no start.
     if not any(taken[name].ndim >= 2 for name, _ in model.named_parameters() if name in taken):
         raise TrainingError(
-            f"--init: no kernel of that bundle fits this {type(model).__name__}; start from a "
+            "--init: no kernel of that bundle fits the model of the recipe; start from a "
             "model with the same encoder"
         )
     model.load_state_dict(taken, strict=False)

@@ -118,7 +118,7 @@ def test_card_names_the_data_the_promise_and_the_command(bundle):
     for words in (
         "bits/dim",
         "exchangeable",
-        "The first 16 that `anomalyd sample` draws",
+        "What `anomalyd sample -n 16` draws",
         "outlier from",
         "anomalyd train",
         "recipe.toml",
@@ -436,7 +436,10 @@ def test_scores_that_are_no_numbers_are_not_exported(bundle):
 
 @pytest.mark.parametrize("model", SMALL)
 def test_graph_equals_torch_on_grey_and_colour(model):
-    """onnxruntime gives what torch gives, for any number of images, and keeps causality."""
+    """onnxruntime gives what torch gives, for any number of images, and keeps causality.
+
+    A pixel that changes moves its own term of -log p(x), and none of an earlier pixel.
+    """
     options = parse_recipe(RECIPE.format(model=model, density=SMALL[model]), "r").density
     density = build(model, ImageSpec(9, 8, 3), options)
     images = np.random.default_rng(0).integers(0, 256, (5, 9, 8, 3), dtype=np.uint8)
@@ -446,12 +449,14 @@ def test_graph_equals_torch_on_grey_and_colour(model):
     assert parity <= 1e-5
     if model == "gated-pixelcnn":
         session = Session(graph, device="cpu", threads=1)
-        before = session.run(images[:1], nll_map=True).nll_map.ravel()
-        for t in (0, 17, 40, 71):
-            changed = images[:1].copy()
-            changed[0, t // 8, t % 8] ^= 0x55
-            moved = session.run(changed, nll_map=True).nll_map.ravel() != before
-            assert not moved[:t].any()
+        pixels = np.arange(9 * 8)
+        same = images[:1].repeat(len(pixels), axis=0)
+        changed = same.copy()
+        changed[pixels, pixels // 8, pixels % 8] ^= 0x55
+        before, after = (session.run(x, nll_map=True).nll_map for x in (same, changed))
+        moved = (before != after).reshape(len(pixels), -1)
+        assert moved.diagonal().all()
+        assert not np.tril(moved, -1).any()
 
 
 def test_muon_step_is_orthogonal():
@@ -653,6 +658,17 @@ def test_unknown_recipe_key_names_the_nearest(text, words, fixture_data, tmp_pat
     path.write_text(text)
     with pytest.raises(UsageError, match=words):
         train(data=str(fixture_data / "mnist"), model=None, out=tmp_path / "x", recipe=path)
+
+
+def test_a_model_that_no_memory_holds_is_told_to_be_smaller(fixture_data, tmp_path):
+    """When it is made, and when it first sees images: a line that says what to lower."""
+    with pytest.raises(UsageError, match=r"vae: does not fit .* lower"):
+        build("vae", ImageSpec(28, 28, 1), {"latent": 10**11})
+    recipe = tmp_path / "recipe.toml"
+    wide = "features = 4\ndilations = [1, 1000000]"
+    recipe.write_text(RECIPE.format(model="gated-pixelcnn", density=wide))
+    with pytest.raises(TrainingError, match=r"gated-pixelcnn: does not fit .* lower"):
+        train(data=str(fixture_data / "mnist"), model=None, out=tmp_path / "x", recipe=recipe)
 
 
 def test_damaged_checkpoint_is_one_line(tmp_path):
