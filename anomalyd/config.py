@@ -195,6 +195,7 @@ def check_key(
     known: Collection[str],
     where: str,
     spelling: Callable[[str], str] = lambda name: name,
+    kind: str = "key",
 ) -> None:
     """Refuse a key that is not among the `known`, naming the nearest.
 
@@ -204,7 +205,8 @@ def check_key(
     if name not in known:
         nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
         raise UsageError(
-            f"{where}: unknown key {spelling(name)}; the nearest known one is {spelling(nearest)}"
+            f"{where}: unknown {kind} {spelling(name)}; the nearest known one is "
+            f"{spelling(nearest)}"
         )
 
 

@@ -90,9 +90,8 @@ def assemble(
         classifier = build("classifier", spec, recipe.classifier or {}, classes)
         return Composed(model, classifier, priors)  # type: ignore[arg-type]
     for part in recipe.train.frozen:
-        check_key(
-            part, [name for name, _ in model.named_modules() if name], "recipe [train] frozen"
-        )
+        parts = [name for name, _ in model.named_modules() if name]
+        check_key(part, parts, "recipe [train] frozen", kind="part")
         model.get_submodule(part).requires_grad_(False)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UsageError("recipe [train] frozen: nothing is left to train; name fewer parts")
