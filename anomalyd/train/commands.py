@@ -391,8 +391,6 @@ def _run(job: _Job, out: Path, folder: Path, workers: Workers, *, device: str) -
             raise
         raise TrainingError(f"{recipe.model}: {TOO_LARGE}") from error
     workers.leave()
-    if not workers.first:
-        return 0
     epochs = round(outcome.budget / outcome.steps_per_epoch, 6)
     if job.init and not outcome.budget:  # made anew: its weights were trained as they were
         epochs = recipe_of(Path(job.init)).train.epochs

@@ -153,9 +153,16 @@ class Workers:
             raise click.exceptions.Exit(1) from None
 
     def leave(self) -> None:
-        """What follows needs no other worker."""
+        """What follows needs no other worker, and the first one alone does it.
+
+        The others end here, and at once: where the interpreter is taken down in order, a thread of
+        gloo's that is still there aborts the process now and then, which torchrun takes for a
+        death and starts all over again.
+        """
         if self.size > 1:
             dist.destroy_process_group()
+        if not self.first:
+            os._exit(0)
 
     def _together(self, exchange: Any) -> None:
         if self.size == 1:
