@@ -691,8 +691,8 @@ def sample(
         raise UsageError(f"--output {output}: samples are written as .png")
     check_place("--output", output)
     sampler = Sampler.load(bundle, device=device)
-    if complete is not None:
-        sampler.kept(keep)  # refused before the image is read
+    # Refused before the image is read.
+    kept = None if complete is None else sampler.kept(keep)
     try:
         given = None if complete is None else to_pixels(complete, sampler.spec)
     except ImageError as error:
@@ -716,13 +716,13 @@ def sample(
             progress=progress,
         )
     images, columns = drawn.images, None
-    if given is not None:
+    if given is not None and kept is not None:
         # Side by side: the image, what was kept of it on grey, and its completions.
-        kept = np.where(sampler.kept(keep), given, np.uint8(128))
-        images = np.concatenate([given[None], kept[None], images])
+        top = np.where(kept, given, np.uint8(128))
+        images = np.concatenate([given[None], top[None], images])
         columns = len(images)
-    with whole("--output", output) as part:
-        grid(images, columns=columns).save(part, format="png")
+    with whole("--output", output) as new:
+        grid(images, columns=columns).save(new, format="png")
     labels = f" of {', '.join(sorted(set(drawn.labels)))}" if drawn.labels else ""
     _say(f"{output}: {len(drawn.images)} images{labels}, drawn by {drawn.method}, seed {seed}")
     return 0

@@ -13,7 +13,8 @@ the hidden state of the line before.
 A row sees a triangle above it. The diagonals see everything above and to the left, their mirror
 image everything above and to the right: its output goes one row down, below what it has seen.
 
-Inside, maps are (features, H, W, N): with images last, every slice of a step is contiguous.
+Inside, maps are (features, H, W, N): with images last, every slice of a step is contiguous. Only
+the methods of the cached sampler, `row`, `below` and `pixel`, go by (N, features, 1, W).
 """
 
 from __future__ import annotations

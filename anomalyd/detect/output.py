@@ -117,20 +117,14 @@ def write_file(
     Raises:
         AnomalydError: the disk refuses.
     """
-    new = path.with_name(path.name + ".new")
-    with _writing(path):
-        try:
-            with new.open("wb") as stream:
-                writer = make_writer(kind, stream, names, features=features)
-                iterator = iter(rows)
-                while chunk := list(islice(iterator, ROWS_AT_A_TIME)):
-                    writer.write(chunk)
-                writer.close()
-                stream.flush()
-                os.fsync(stream.fileno())
-            new.replace(path)
-        finally:
-            new.unlink(missing_ok=True)
+    with whole("--output", path) as new, new.open("wb") as stream:
+        writer = make_writer(kind, stream, names, features=features)
+        iterator = iter(rows)
+        while chunk := list(islice(iterator, ROWS_AT_A_TIME)):
+            writer.write(chunk)
+        writer.close()
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
 def check_place(option: str, path: Path) -> None:
@@ -160,14 +154,13 @@ def whole(option: str, path: Path) -> Iterator[Path]:
     Raises:
         AnomalydError: the disk refuses.
     """
-    part = path.with_name(path.name + ".part")
-    try:
-        yield part
-        part.replace(path)
-    except OSError as error:
-        raise AnomalydError(f"{option} {path} cannot be written: {error.strerror}") from error
-    finally:
-        part.unlink(missing_ok=True)
+    new = path.with_name(path.name + ".new")
+    with _writing(path, option):
+        try:
+            yield new
+            new.replace(path)
+        finally:
+            new.unlink(missing_ok=True)
 
 
 class Journal:
@@ -362,8 +355,8 @@ def _flat(row: Row) -> Row:
 
 
 @contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def _writing(path: Path, option: str = "--output") -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise AnomalydError(f"--output {path}: cannot be written: {error.strerror}") from error
+        raise AnomalydError(f"{option} {path}: cannot be written: {error.strerror}") from error

@@ -136,8 +136,8 @@ def write_report(
         AnomalydError: the disk refuses.
     """
     page = html(result, detector, masks=masks, thumbnails=thumbnails)
-    with whole("--report", path) as part:
-        part.write_text(page, encoding="utf-8", errors="backslashreplace")
+    with whole("--report", path) as new:
+        new.write_text(page, encoding="utf-8", errors="backslashreplace")
 
 
 def html(
