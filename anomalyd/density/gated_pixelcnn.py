@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anomalyd.density.base import Autoregressive, ImageShape, Step
-from anomalyd.density.layers import ClassBias, CroppedConv, gate, halves, position
+from anomalyd.density.layers import ClassBias, CroppedConv, Nearby, gate, halves, position
 from anomalyd.density.likelihoods import likelihood
 from anomalyd.density.stepwise import PixelStep, RowStep
 
@@ -75,10 +75,12 @@ class GatedPixelCNN(Autoregressive):
         kernel: odd width of each layer's receptive field, in taps.
         pixel: the distribution of one pixel, a name in `likelihoods`.
         components: logistics in the mixture, where that is chosen.
+        readout: hidden units from which a hierarchical pixel is read, too, or 0.
+        nearby: numbers by which they read the level of each of the four nearest pixels, or 0.
     """
 
     position: Tensor
-    edges = ("first_vertical", "first_horizontal", "pixel")
+    edges = ("first_vertical", "first_horizontal", "nearby", "pixel")
 
     def __init__(
         self,
@@ -90,6 +92,8 @@ class GatedPixelCNN(Autoregressive):
         kernel: int = 3,
         pixel: str = "hierarchical",
         components: int = 10,
+        readout: int = 0,
+        nearby: int = 0,
     ) -> None:
         super().__init__(shape, classes)
         if kernel % 2 == 0 or kernel < 3:
@@ -100,7 +104,9 @@ class GatedPixelCNN(Autoregressive):
         self.first_vertical = CroppedConv(inputs, features, (half + 1, kernel), half, half)
         self.first_horizontal = CroppedConv(inputs, features, (1, half + 1), half, 0)
         self.layers = nn.ModuleList(GatedLayer(features, kernel, d, classes) for d in dilations)
-        self.pixel = likelihood(pixel, shape, features, components)
+        self.nearby = Nearby(shape, nearby) if nearby else None
+        more = self.nearby.channels if self.nearby else 0
+        self.pixel = likelihood(pixel, shape, features, components, hidden=readout, more=more)
 
     def context(self, inputs: Tensor, labels: Tensor | None = None) -> Tensor:
         """Return what each pixel's distribution is conditioned on, (N, M, F, H, W)."""
@@ -111,6 +117,8 @@ class GatedPixelCNN(Autoregressive):
         h = self.first_horizontal(F.pad(x.repeat_interleave(classes, dim=0), (1, -1, 0, 0)))
         for layer in self.layers:
             v, h = layer(v, h, labels)
+        if self.nearby is not None:
+            h = torch.cat([h, self.nearby(inputs).repeat_interleave(classes, dim=0)], dim=1)
         return h.unflatten(0, (-1, classes))
 
     def one_by_one(self) -> tuple[Step, Step]:

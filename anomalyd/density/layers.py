@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from anomalyd.density.base import ImageShape
 
-__all__ = ["ClassBias", "CroppedConv", "gate", "halves", "per_class", "position"]
+__all__ = ["ClassBias", "CroppedConv", "Nearby", "gate", "halves", "per_class", "position"]
 
 
 class CroppedConv(nn.Module):
@@ -62,6 +62,39 @@ class ClassBias(nn.Module):
     def forward(self, labels: Tensor) -> Tensor:
         """Map labels (N, M) to (N, M, features, 1, 1)."""
         return self.of_class(labels)[..., None, None]
+
+
+class Nearby(nn.Module):
+    """The levels of the four nearest pixels before each, as learned vectors.
+
+    A convolution reads a level as one number among many; here each level is told from its
+    neighbours exactly, so that what follows can say "253, as on the left".
+
+    Args:
+        shape: the image shape.
+        size: numbers a level.
+    """
+
+    shifts = ((1, -1, 0, 0), (1, -1, 1, -1), (0, 0, 1, -1), (-1, 1, 1, -1))
+    """Paddings that put in a pixel's place the one left, above left, above and above right."""
+
+    def __init__(self, shape: ImageShape, size: int) -> None:
+        super().__init__()
+        self.levels = shape.levels
+        self.vectors = nn.Embedding(shape.channels * shape.levels, size)
+        self.channels = len(self.shifts) * shape.channels * size
+
+    def of_each(self, inputs: Tensor) -> Tensor:
+        """Map values (N, C, H, W) in [-1, 1] to their vectors, (N, C * size, H, W)."""
+        level = torch.round((inputs + 1) * ((self.levels - 1) / 2)).long()
+        first = self.levels * torch.arange(inputs.shape[1], device=inputs.device)
+        vectors = self.vectors(level + first.reshape(-1, 1, 1))
+        return vectors.permute(0, 1, 4, 2, 3).flatten(1, 2)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Map values (N, C, H, W) in [-1, 1] to (N, channels, H, W); zero beyond the image."""
+        vectors = self.of_each(inputs)
+        return torch.cat([F.pad(vectors, shift) for shift in self.shifts], dim=1)
 
 
 def halves(conv: nn.Conv2d, *parts: Tensor) -> list[Tensor]:

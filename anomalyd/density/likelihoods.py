@@ -116,7 +116,9 @@ class Hierarchical(_Channels):
     """p(x | h) = prod_c softmax(A_c elu(g))[b] softmax(B_c elu(g + E_c b))[x_c mod w].
 
     g = h + V_c x_<c, b = x_c div w the band of a level, w = sqrt(levels) rounded up: as free as
-    `Categorical`, with two short softmaxes in place of one over all levels.
+    `Categorical`, with two short softmaxes in place of one over all levels. Hidden units add
+    D elu(U elu(h')) and D' elu(U' elu(h') + E'_c b) to the logits; h' may have further channels,
+    which no one else reads.
 
     References:
         Hierarchical Probabilistic Neural Network Language Model (Morin, Bengio, 2005).
@@ -124,17 +126,28 @@ class Hierarchical(_Channels):
     Args:
         shape: the image shape.
         features: channels of the context h.
+        hidden: hidden units of U and U', or 0.
+        more: channels that h' has beyond those of h.
     """
 
     absent: Tensor
 
-    def __init__(self, shape: ImageShape, features: int) -> None:
-        super().__init__(shape, features)
+    def __init__(
+        self, shape: ImageShape, features: int, *, hidden: int = 0, more: int = 0
+    ) -> None:
+        super().__init__(shape, features + more)
+        self.features = features
         self.width, self.bands = _bands(shape.levels)
         channels = range(shape.channels)
         self.band = nn.ModuleList(nn.Conv2d(features, self.bands, 1) for _ in channels)
         self.inside = nn.ModuleList(nn.Conv2d(features, self.width, 1) for _ in channels)
         self.of_band = nn.ModuleList(nn.Embedding(self.bands, features) for _ in channels)
+        if not hidden:
+            channels = range(0)
+        inputs = features + more
+        self.band_hidden = nn.ModuleList(_Hidden(inputs, hidden, self.bands) for _ in channels)
+        self.inside_hidden = nn.ModuleList(_Hidden(inputs, hidden, self.width) for _ in channels)
+        self.hidden_of_band = nn.ModuleList(nn.Embedding(self.bands, hidden) for _ in channels)
         # Where the last band is not full, its levels beyond the last have probability zero.
         short = self.bands * self.width - shape.levels
         absent = torch.zeros(self.bands, self.width)
@@ -156,21 +169,66 @@ class Hierarchical(_Channels):
     ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """Return logits and choice of the band, and of the level within it."""
         band = torch.div(value, self.width, rounding_mode="floor")
-        bands = self.band[channel](F.elu(seen))
-        given = F.elu(seen + self.of_band[channel](band).permute(0, 3, 1, 2))
+        bands = self._band_logits(seen, channel)
+        h = seen[:, : self.features]
+        given = F.elu(h + self.of_band[channel](band).permute(0, 3, 1, 2))
         logits = self.inside[channel](given)
+        if self.inside_hidden:
+            hidden = cast("_Hidden", self.inside_hidden[channel])
+            of_band = self.hidden_of_band[channel](band).permute(0, 3, 1, 2)
+            logits = logits + hidden.logits(hidden.units(seen) + of_band)
         if self.bands * self.width > self.shape.levels:
             logits = logits + self.absent[band].permute(0, 3, 1, 2)
         return (bands, band), (logits, value - band * self.width)
 
+    def _band_logits(self, seen: Tensor, channel: int) -> Tensor:
+        """Return the logits of the bands, (N, bands, H, W)."""
+        logits = self.band[channel](F.elu(seen[:, : self.features]))
+        if self.band_hidden:
+            hidden = cast("_Hidden", self.band_hidden[channel])
+            logits = logits + hidden.logits(hidden.units(seen))
+        return logits
+
     def table(self, seen: Tensor, channel: int) -> Tensor:
-        log_band = F.log_softmax(self.band[channel](F.elu(seen)).float(), dim=1)
-        vectors = cast("nn.Embedding", self.of_band[channel]).weight
-        given = F.elu(seen.unsqueeze(1) + vectors[None, :, :, None, None])
-        logits = self.inside[channel](given.flatten(0, 1)).float()
-        logits = logits.unflatten(0, (-1, self.bands)) + self.absent[None, :, :, None, None]
+        log_band = F.log_softmax(self._band_logits(seen, channel).float(), dim=1)
+        given = F.elu(_each(seen[:, : self.features], self.of_band[channel]))
+        logits = self.inside[channel](given)
+        if self.inside_hidden:
+            hidden = cast("_Hidden", self.inside_hidden[channel])
+            units = _each(hidden.units(seen), self.hidden_of_band[channel])
+            logits = logits + hidden.logits(units)
+        logits = logits.float().unflatten(0, (-1, self.bands))
+        logits = logits + self.absent[None, :, :, None, None]
         table = F.log_softmax(logits, dim=2) + log_band.unsqueeze(2)
         return table.flatten(1, 2)[:, : self.shape.levels]
+
+
+class _Hidden(nn.Module):
+    """Logits of a hidden layer, D elu(U elu(h)), zero at first.
+
+    Args:
+        inputs: channels of h.
+        hidden: units.
+        outputs: logits.
+    """
+
+    def __init__(self, inputs: int, hidden: int, outputs: int) -> None:
+        super().__init__()
+        self.up = nn.Conv2d(inputs, hidden, 1)
+        self.down = nn.Conv2d(hidden, outputs, 1, bias=False)
+        nn.init.zeros_(self.down.weight)
+
+    def units(self, h: Tensor) -> Tensor:
+        return self.up(F.elu(h))
+
+    def logits(self, units: Tensor) -> Tensor:
+        return self.down(F.elu(units))
+
+
+def _each(h: Tensor, of_band: nn.Module) -> Tensor:
+    """Add the vector of each band to (N, F, H, W): (N * bands, F, H, W)."""
+    vectors = cast("nn.Embedding", of_band).weight
+    return (h.unsqueeze(1) + vectors[None, :, :, None, None]).flatten(0, 1)
 
 
 def _bands(levels: int) -> tuple[int, int]:
@@ -385,12 +443,31 @@ _SOFTMAXES: dict[str, type[_Channels]] = {
 }
 
 
-def likelihood(name: str, shape: ImageShape, features: int, components: int) -> PixelLikelihood:
+def likelihood(
+    name: str,
+    shape: ImageShape,
+    features: int,
+    components: int,
+    *,
+    hidden: int = 0,
+    more: int = 0,
+) -> PixelLikelihood:
     """Return the pixel distribution called `name`, reading `features` channels of context.
 
+    With `hidden` units, for which the context may have `more` channels: see `Hierarchical`.
+
     Raises:
-        ValueError: no such distribution, or one that the images have the wrong levels for.
+        ValueError: no such distribution, one that the images have the wrong levels for, or that
+            has no hidden units.
     """
+    if hidden or more:
+        if name != "hierarchical":
+            raise ValueError(f"a {name} pixel has no readout of hidden units: readout = 0")
+        if not hidden:
+            raise ValueError(
+                "nearby levels are read by hidden units; without a readout nearby = 0"
+            )
+        return Hierarchical(shape, features, hidden=hidden, more=more)
     if name == "logistic-mixture":
         return LogisticMixture(shape, features, components)
     if name not in _SOFTMAXES:

@@ -69,6 +69,9 @@ class RowStep(Step):
             seen = row_of(layer.vertical, window)
             links.append(layer.down(seen))
             v = gate(*seen.chunk(2, dim=1))
+        if density.nearby is not None:
+            vectors = density.nearby.of_each(x[:, : density.shape.channels]) * (place > 0)
+            links += [F.pad(vectors, (left, right)) for left, right in ((1, -1), (0, 0), (-1, 1))]
         linked = torch.cat(links, dim=1)[:, :, 0].transpose(1, 2)
         return linked, packed(kept)
 
@@ -121,7 +124,10 @@ class PixelStep(Step):
         kept = [window]
         h = density.first_horizontal.conv(window)
         layers = _layers(density)
-        links = above[:, :, None, None].chunk(len(layers), dim=1)
+        widths = [layer.down.out_channels for layer in layers]
+        *links, nearby = above[:, :, None, None].split(
+            [*widths, above.shape[1] - sum(widths)], dim=1
+        )
         for layer, columns, link in zip(layers, states[1:], links, strict=True):
             window = torch.cat([columns, h], dim=3)
             kept.append(window[..., 1:])
@@ -129,6 +135,9 @@ class PixelStep(Step):
             if layer.condition is not None and label is not None:
                 mixed = mixed + layer.condition(label.unsqueeze(1))[:, 0]
             h = h + layer.out(gate(*mixed.chunk(2, dim=1)))
+        if density.nearby is not None:
+            vectors = density.nearby.of_each(x[:, : density.shape.channels]) * (column > 0)
+            h = torch.cat([h, vectors, nearby], dim=1)
         inputs = density.centred(density.quantise(values[:, None, None]))
         return density.pixel.log_probs(h, inputs)[:, 0, 0], packed(kept)
 

@@ -23,6 +23,7 @@ from anomalyd.errors import TrainingError
 from anomalyd.train import checkpoint
 from anomalyd.train.data import crops, dithered, per_tile
 from anomalyd.train.muon import Muon
+from anomalyd.train.weights import round_trained
 from anomalyd.train.workers import ALONE, Workers
 
 if TYPE_CHECKING:
@@ -160,6 +161,8 @@ def fit(
         raise
     run.save()
     model.load_state_dict(run.best.state_dict())
+    if settings.half and run.step:
+        round_trained(model)
     model.to("cpu").eval()
     return Outcome(
         steps=run.step,

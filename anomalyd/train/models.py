@@ -36,7 +36,7 @@ MODELS = {
     "classifier": "anomalyd.density.classifier:Classifier",
 }
 
-FROM_ZERO = ("blocks", "label_blocks", "layers", "shift")
+FROM_ZERO = ("blocks", "label_blocks", "layers", "nearby", "readout", "shift")
 """Options of which a model may have none; all other whole numbers are at least 1."""
 
 TOO_LARGE = (

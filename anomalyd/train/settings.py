@@ -42,6 +42,9 @@ class TrainSettings:
     evaluations: int = setting(20, help="validations over the whole run", low=1)
     patience: int = setting(10, help="validations without progress before an early stop", low=1)
     checkpoint_seconds: float = setting(30.0, help="seconds between checkpoints, at most", low=0.0)
+    half: bool = setting(
+        False, help="round the trained weights to half precision, for a bundle of half the size"
+    )
     codes: bool = setting(
         True, help="let the score read an encoder's codes, where there is one and no classes"
     )

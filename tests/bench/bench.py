@@ -277,7 +277,7 @@ def kernels(data: Path) -> Iterator[Row]:
         recipe = parse_recipe(bundle.read("recipe.toml").decode(), "recipe")
         model = assemble(recipe, bundle.manifest.image)
         load_weights(model, bundle.read("weights.safetensors"), name)
-        options = {key: recipe.density[key] for key in ("features", "dilations", "kernel")}
+        options = {key: value for key, value in recipe.density.items() if key != "pixel"}
         sessions = {
             what: Session(to_onnx(density), device="cpu", threads=1)
             for what, density in (

@@ -2,18 +2,19 @@
 
 Kernels are as wide as the receptive field and multiplied by a mask, half of them by zero; a pixel
 is a softmax over all its levels, normalised before one is chosen; classes share nothing. Features,
-layers, dilations and inputs are those of `anomalyd.density.gated_pixelcnn`, and so is, with its
-weights, every number.
+layers, dilations, readout and inputs are those of `anomalyd.density.gated_pixelcnn`, and so is, with
+its weights, every number.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anomalyd.density.base import Autoregressive, ImageShape, Scores
 from anomalyd.density.gated_pixelcnn import GatedPixelCNN
-from anomalyd.density.layers import ClassBias, gate, position
+from anomalyd.density.layers import ClassBias, Nearby, gate, position
 from anomalyd.density.likelihoods import Categorical
 
 __all__ = ["MaskedGatedPixelCNN", "NllAlone", "from_gated"]
@@ -66,8 +67,35 @@ class MaskedLayer(nn.Module):
         return gate(*above.chunk(2, dim=1)), h + self.out(gate(*mixed.chunk(2, dim=1)))
 
 
+class ReadOut(nn.Module):
+    """Logits A elu(h) + D elu(U elu(h')) of all levels, where h' has `more` channels than h."""
+
+    def __init__(self, features: int, more: int, hidden: int, levels: int) -> None:
+        super().__init__()
+        self.direct = nn.Conv2d(features, levels, 1)
+        self.up = nn.Conv2d(features + more, hidden, 1)
+        self.down = nn.Conv2d(hidden, levels, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map elu(h') to logits."""
+        return self.direct(x[:, : self.direct.in_channels]) + self.down(F.elu(self.up(x)))
+
+
 class FullSoftmax(Categorical):
-    """A softmax over all levels, in full, of which one is taken."""
+    """A softmax over all levels, in full, of which one is taken.
+
+    Args:
+        shape: the image shape.
+        features: channels of the context.
+        readout: hidden units beside, or 0.
+        more: further channels of the context, for them.
+    """
+
+    def __init__(self, shape: ImageShape, features: int, readout: int = 0, more: int = 0) -> None:
+        super().__init__(shape, features)
+        if readout:
+            sizes = (features, more, readout, shape.levels)
+            self.logits = nn.ModuleList(ReadOut(*sizes) for _ in range(shape.channels))
 
     def channel(self, seen: Tensor, value: Tensor, channel: int) -> Tensor:
         return self.table(seen, channel).gather(1, value.unsqueeze(1))[:, 0]
@@ -91,6 +119,8 @@ class MaskedGatedPixelCNN(Autoregressive):
         features: int = 32,
         dilations: tuple[int, ...] = (1, 2, 1, 4, 1, 2, 1),
         kernel: int = 3,
+        readout: int = 0,
+        nearby: int = 0,
     ) -> None:
         super().__init__(shape, classes)
         self.register_buffer("position", position(shape), persistent=False)
@@ -99,7 +129,9 @@ class MaskedGatedPixelCNN(Autoregressive):
         self.first_vertical = MaskedConv(inputs, features, (wide, wide), True)
         self.first_horizontal = MaskedConv(inputs, features, (1, wide), True)
         self.layers = nn.ModuleList(MaskedLayer(features, kernel, d, classes) for d in dilations)
-        self.pixel = FullSoftmax(shape, features)
+        self.nearby = Nearby(shape, nearby) if nearby else None
+        more = self.nearby.channels if self.nearby else 0
+        self.pixel = FullSoftmax(shape, features, readout, more)
 
     def context(self, inputs: Tensor, labels: Tensor | None = None) -> Tensor:
         """Return what each pixel's distribution is conditioned on, (N, M, F, H, W)."""
@@ -111,6 +143,8 @@ class MaskedGatedPixelCNN(Autoregressive):
         v, h = self.first_vertical(x), self.first_horizontal(x)
         for layer in self.layers:
             v, h = layer(v, h, labels)
+        if self.nearby is not None:
+            h = torch.cat([h, self.nearby(inputs).repeat_interleave(classes, dim=0)], dim=1)
         return h.unflatten(0, (-1, classes))
 
 

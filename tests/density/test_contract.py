@@ -23,14 +23,18 @@ from anomalyd.detect.runtime import Session
 from anomalyd.train.export import to_onnx
 
 GREY, RGB = ImageShape(6, 5, 1), ImageShape(6, 5, 3)
-PIXELS = ("categorical", "hierarchical", "logistic-mixture")
+PIXELS = ("categorical", "hierarchical", "read-out", "logistic-mixture")
 
 
 def pixelcnn(shape: ImageShape, **options) -> GatedPixelCNN:
     torch.manual_seed(0)
-    return GatedPixelCNN(
-        shape, **({"features": 8, "dilations": (1, 2), "components": 3} | options)
-    )
+    if options.get("pixel") != "read-out":
+        small = {"features": 8, "dilations": (1, 2), "components": 3}
+        return GatedPixelCNN(shape, **(small | options))
+    density = pixelcnn(shape, **(options | {"pixel": "hierarchical", "readout": 9, "nearby": 3}))
+    for layer in (*density.pixel.band_hidden, *density.pixel.inside_hidden):  # zero at first
+        torch.nn.init.normal_(layer.down.weight, std=0.3)
+    return density
 
 
 def masked_pixelcnn(shape: ImageShape, **options) -> PixelCNN:

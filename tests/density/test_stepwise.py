@@ -16,6 +16,10 @@ def gated(shape: ImageShape, classes: int) -> Density:
     return GatedPixelCNN(shape, classes, features=6, dilations=(1, 2, 1))
 
 
+def read_out(shape: ImageShape, classes: int) -> Density:
+    return GatedPixelCNN(shape, classes, features=6, dilations=(1, 2), readout=7, nearby=3)
+
+
 def halved(shape: ImageShape, classes: int) -> Density:
     pixel = "logistic-mixture" if shape.levels > 2 else "bernoulli"
     return PixelCNNPP(shape, classes, features=(4, 6, 8), blocks=(1, 0, 2), pixel=pixel)
@@ -40,7 +44,10 @@ def diagonals(shape: ImageShape, classes: int) -> Density:
 )
 @pytest.mark.parametrize(
     ("density", "classes"),
-    [(gated, 0), (gated, 3), (halved, 0), (halved, 3), (masked, 0), (lines, 0), (diagonals, 0)],
+    [
+        *((each, classes) for each in (gated, read_out, halved) for classes in (0, 3)),
+        *((each, 0) for each in (masked, lines, diagonals)),
+    ],
 )
 @torch.no_grad()
 def test_a_pixel_at_a_time_gives_the_probabilities_of_whole_images(density, sides, classes):

@@ -63,6 +63,13 @@ def colour() -> Sampler:
 
 
 @pytest.fixture(scope="module")
+def read_out() -> Sampler:
+    """The same, with the levels of the nearest pixels in the readout."""
+    options = {"features": 8, "dilations": (1, 2), "readout": 9, "nearby": 3}
+    return sampler(far_from_uniform(GatedPixelCNN(COLOUR, **options)), None)
+
+
+@pytest.fixture(scope="module")
 def halved() -> Sampler:
     """p(x|y) of 6x5 RGB images at three resolutions, whose sides are odd on the way down."""
     torch.manual_seed(0)
@@ -111,7 +118,9 @@ def test_samples_follow_the_enumerated_distribution(square, label, method):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
-@pytest.mark.parametrize("which", ["square", "colour", "halved", "masked", "rows", "diagonals"])
+@pytest.mark.parametrize(
+    "which", ["square", "colour", "read_out", "halved", "masked", "rows", "diagonals"]
+)
 def test_three_methods_draw_the_same_images(which, temperature, request):
     """Loop and fixed-point iteration agree bit for bit; the cached sampler up to near ties."""
     made = request.getfixturevalue(which)

@@ -18,6 +18,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors.torch import load as parse
 
 from anomalyd.density.companions import Companions
 from anomalyd.detect.bundle import read_bundle, write_bundle
@@ -38,7 +39,7 @@ from anomalyd.train.muon import Muon, orthogonalised
 from anomalyd.train.recipe import Recipe, default_recipe, parse_recipe
 from anomalyd.train.settings import TrainSettings
 from anomalyd.train.splits import split
-from anomalyd.train.weights import start_from
+from anomalyd.train.weights import round_trained, start_from, unpack_weights
 
 RECIPE = """
 model = "{model}"
@@ -247,6 +248,61 @@ def test_a_score_need_not_read_codes(bundle, fixture_data, tmp_path):
     assert not (tmp_path / "classes.run").exists()
 
 
+def test_half_precision_halves_a_bundle(bundle, fixture_data, tmp_path):
+    """With half = true weights are those that two bytes hold, and files are half as large.
+
+    What is computed from them is float32: the bundle verifies, and exports to the same graph.
+    """
+    path = tmp_path / "recipe.toml"
+    path.write_text(RECIPE.format(model="vae", density=VAE) + "half = true\n")
+    given = {"data": str(fixture_data / "fashion-mnist"), "model": None, "recipe": path}
+    train(**given, out=tmp_path / "half", init=bundle, epochs=0.1)
+    whole, half = read_bundle(bundle), read_bundle(tmp_path / "half")
+    stored = parse(half.read("weights.safetensors"))
+
+    weights = unpack_weights(half.read("weights.safetensors"), "half")
+    trained = {name: w for name, w in weights.items() if name != "noise"}
+    assert all(torch.equal(w.half().float(), w) for w in trained.values())
+    assert {stored[name].dtype for name in trained} == {torch.float16}
+    assert {w.dtype for w in weights.values()} == {torch.float32}
+    graph = half.model
+    assert len(graph) < len(whole.model)
+    assert export(tmp_path / "half") == 0
+    assert read_bundle(tmp_path / "half").model == graph
+
+
+def test_only_what_is_trained_is_rounded_to_half_precision():
+    """Frozen weights stay as they are, and so does a tensor with a number beyond the range."""
+    density = build("gated-pixelcnn", ImageSpec(8, 8, 1), {"features": 4})
+    layers = list(density.layers)
+    layers[0].requires_grad_(False)
+    with torch.no_grad():
+        layers[1].out.weight[0, 0] = 1e5
+    before = {name: w.clone() for name, w in density.state_dict().items()}
+    round_trained(density)
+
+    kept = {name for name, w in density.state_dict().items() if torch.equal(w, before[name])}
+    assert kept >= {n for n in before if n.startswith("layers.0")} | {"layers.1.out.weight"}
+    assert "layers.2.out.weight" not in kept
+    after = density.layers[2].out.weight
+    torch.testing.assert_close(after, before["layers.2.out.weight"], rtol=2**-11, atol=2**-25)
+
+
+def test_a_graph_in_half_precision_computes_what_it_did(monkeypatch):
+    """Two bytes a weight or four, onnxruntime gives the same numbers to the last bit."""
+    density = build("gated-pixelcnn", ImageSpec(8, 8, 1), {"features": 32})
+    round_trained(density)
+    images = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 1), dtype=np.uint8)
+    half = to_onnx(density)
+    monkeypatch.setattr("anomalyd.train.export.WORTH_HALVING", math.inf)
+    whole = to_onnx(density)
+    ours, usual = (Session(g, device="cpu", threads=1).run(images) for g in (half, whole))
+
+    assert len(half) < 0.7 * len(whole)
+    assert np.array_equal(ours.log_likelihood, usual.log_likelihood)
+    assert np.array_equal(ours.statistics, usual.statistics)
+
+
 def test_no_epochs_make_the_bundle_anew(bundle, fixture_data, tmp_path):
     """--init BUNDLE --epochs 0 exports, fits and calibrates anew, and trains nothing."""
     data, before = str(fixture_data / "fashion-mnist"), read_bundle(bundle)
@@ -434,14 +490,20 @@ def test_scores_that_are_no_numbers_are_not_exported(bundle):
         check_parity(broken, content.model, content.golden.images)
 
 
-@pytest.mark.parametrize("model", SMALL)
-def test_graph_equals_torch_on_grey_and_colour(model):
+@pytest.mark.parametrize(
+    ("model", "text"),
+    [*SMALL.items(), ("gated-pixelcnn", "features = 8\nreadout = 6\nnearby = 2")],
+)
+def test_graph_equals_torch_on_grey_and_colour(model, text):
     """onnxruntime gives what torch gives, for any number of images, and keeps causality.
 
     A pixel that changes moves its own term of -log p(x), and none of an earlier pixel.
     """
-    options = parse_recipe(RECIPE.format(model=model, density=SMALL[model]), "r").density
+    options = parse_recipe(RECIPE.format(model=model, density=text), "r").density
     density = build(model, ImageSpec(9, 8, 3), options)
+    with torch.no_grad():
+        for parameter in density.parameters():  # some are zero at first
+            parameter.add_(0.1 * torch.randn_like(parameter))
     images = np.random.default_rng(0).integers(0, 256, (5, 9, 8, 3), dtype=np.uint8)
     graph = to_onnx(density)
     parity = check_parity(density, graph, images)
@@ -579,6 +641,9 @@ def test_classes_stand_in_the_order_of_numbers_and_then_of_words():
         ("gated-pixelcnn", {"dilations": []}, "dilations must be a list"),
         ("gated-pixelcnn", {"dilations": 2}, "dilations must be a list"),
         ("gated-pixelcnn", {"pixel": 3}, "pixel must be text"),
+        ("gated-pixelcnn", {"readout": -1}, "readout must be a whole number of at least 0"),
+        ("gated-pixelcnn", {"nearby": 4}, "nearby levels are read by hidden units"),
+        ("gated-pixelcnn", {"pixel": "categorical", "readout": 4}, "categorical pixel has no rea"),
         ("pixelcnn", {"blocks": -1}, "blocks must be a whole number of at least 0"),
         ("pixelcnn++", {"blocks": [1, 1, -1]}, "blocks must be a list of whole numbers of at"),
         ("pixelcnn++", {"dropout": 1.0}, "dropout must be a number from 0 to less than 1"),
