@@ -2,8 +2,8 @@
 
 Kernels are as wide as the receptive field and multiplied by a mask, half of them by zero; a pixel
 is a softmax over all its levels, normalised before one is chosen; classes share nothing. Features,
-layers, dilations, readout and inputs are those of `anomalyd.density.gated_pixelcnn`, and so is, with
-its weights, every number.
+layers, dilations, readout and inputs are those of `anomalyd.density.gated_pixelcnn`, and so, with
+its weights, is every number.
 """
 
 from __future__ import annotations
