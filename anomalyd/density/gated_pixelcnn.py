@@ -10,6 +10,10 @@ through a 1x1 link, the vertical stack; so nothing is missed (no blind spot) and
 
 A class enters every layer of the horizontal stack, as a bias before the gate. The vertical stack,
 more than half of the work, is the same for all classes and is computed once for all of them.
+
+Not in the paper: `readout` and `nearby`. The kernels read a level as one number, which tells 252
+from 253 by a 255th of its range; hidden units before the softmaxes can be told the levels of the
+four nearest pixels by name.
 """
 
 from __future__ import annotations

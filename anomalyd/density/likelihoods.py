@@ -142,12 +142,10 @@ class Hierarchical(_Channels):
         self.band = nn.ModuleList(nn.Conv2d(features, self.bands, 1) for _ in channels)
         self.inside = nn.ModuleList(nn.Conv2d(features, self.width, 1) for _ in channels)
         self.of_band = nn.ModuleList(nn.Embedding(self.bands, features) for _ in channels)
-        if not hidden:
-            channels = range(0)
-        inputs = features + more
-        self.band_hidden = nn.ModuleList(_Hidden(inputs, hidden, self.bands) for _ in channels)
-        self.inside_hidden = nn.ModuleList(_Hidden(inputs, hidden, self.width) for _ in channels)
-        self.hidden_of_band = nn.ModuleList(nn.Embedding(self.bands, hidden) for _ in channels)
+        inputs, deep = features + more, channels if hidden else ()
+        self.band_hidden = nn.ModuleList(_Hidden(inputs, hidden, self.bands) for _ in deep)
+        self.inside_hidden = nn.ModuleList(_Hidden(inputs, hidden, self.width) for _ in deep)
+        self.hidden_of_band = nn.ModuleList(nn.Embedding(self.bands, hidden) for _ in deep)
         # Where the last band is not full, its levels beyond the last have probability zero.
         short = self.bands * self.width - shape.levels
         absent = torch.zeros(self.bands, self.width)

@@ -39,7 +39,7 @@ VERDICT = {"log_likelihood", "log_posterior", "statistics", "embedding"}
 AS_OUTPUT = ".output"
 
 WORTH_HALVING = 256
-"""Numbers in a tensor from which half the bytes are more than what a Cast takes."""
+"""Numbers above which half of a tensor's bytes are more than what a Cast takes."""
 
 LOOSE = 1e-3
 """The same for posteriors in nats and for features, which nothing is promised about."""
