@@ -10,7 +10,16 @@ from torch import Tensor, nn
 
 from anomalyd.density.base import ImageShape
 
-__all__ = ["ClassBias", "CroppedConv", "Nearby", "gate", "halves", "per_class", "position"]
+__all__ = [
+    "ClassBias",
+    "CroppedConv",
+    "Nearby",
+    "gate",
+    "halves",
+    "levels_of",
+    "per_class",
+    "position",
+]
 
 
 class CroppedConv(nn.Module):
@@ -86,9 +95,8 @@ class Nearby(nn.Module):
 
     def of_each(self, inputs: Tensor) -> Tensor:
         """Map values (N, C, H, W) in [-1, 1] to their vectors, (N, C * size, H, W)."""
-        level = torch.round((inputs + 1) * ((self.levels - 1) / 2)).long()
         first = self.levels * torch.arange(inputs.shape[1], device=inputs.device)
-        vectors = self.vectors(level + first.reshape(-1, 1, 1))
+        vectors = self.vectors(levels_of(inputs, self.levels) + first.reshape(-1, 1, 1))
         return vectors.permute(0, 1, 4, 2, 3).flatten(1, 2)
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -123,6 +131,11 @@ def halves(conv: nn.Conv2d, *parts: Tensor) -> list[Tensor]:
 def gate(a: Tensor, b: Tensor) -> Tensor:
     """Return tanh(a) * sigmoid(b)."""
     return torch.tanh(a) * torch.sigmoid(b)
+
+
+def levels_of(inputs: Tensor, levels: int) -> Tensor:
+    """Map values in [-1, 1] back to int64 levels, what `Model.centred` undoes."""
+    return torch.round((inputs + 1) * ((levels - 1) / 2)).long()
 
 
 def per_class(module: nn.Module, x: Tensor) -> Tensor:

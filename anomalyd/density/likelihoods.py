@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anomalyd.density.base import ImageShape, PixelLikelihood, Surprise
+from anomalyd.density.layers import levels_of
 from anomalyd.density.precision import precise
 
 __all__ = [
@@ -348,7 +349,7 @@ class LogisticMixture(PixelLikelihood):
             # Rounding leaves the sum of 256 levels a few 1e-6 off one.
             tables.append(F.log_softmax(table, dim=1))
             x = inputs[:, channel : channel + 1]
-            drawn = torch.round((x + 1) * ((self.shape.levels - 1) / 2)).long()
+            drawn = levels_of(x, self.shape.levels)
             log_p = log_p + self._level(x, drawn, means[channel], log_scales[channel])
         return torch.stack(tables, dim=1).permute(0, 3, 4, 1, 2)
 

@@ -163,7 +163,7 @@ class NllAlone(nn.Module):
 
 
 def from_gated(density: GatedPixelCNN) -> MaskedGatedPixelCNN:
-    """Return the masked form of `density`; its weights too where its pixel is categorical."""
+    """Return the masked form of `density`, which has no readout; its weights where categorical."""
     first, layers = density.first_vertical.conv, density.layers
     masked = MaskedGatedPixelCNN(
         density.shape,

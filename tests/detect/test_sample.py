@@ -65,6 +65,7 @@ def colour() -> Sampler:
 @pytest.fixture(scope="module")
 def read_out() -> Sampler:
     """The same, with the levels of the nearest pixels in the readout."""
+    torch.manual_seed(0)
     options = {"features": 8, "dilations": (1, 2), "readout": 9, "nearby": 3}
     return sampler(far_from_uniform(GatedPixelCNN(COLOUR, **options)), None)
 
