@@ -299,7 +299,7 @@ class Supervisor:
                 logger.error("a worker answers nothing for %g s and is ended", HUNG_SECONDS)
                 process.kill()
             except Gone:
-                pass
+                return  # for good; and `wait_for` of Python 3.11 may have lost a cancellation here
 
     def _signal_all(self, number: int) -> None:
         for process in self._processes:

@@ -17,8 +17,8 @@ from tiny import rewrite_manifest, tiny_bundle
 
 from anomalyd.config import from_table
 from anomalyd.errors import AnomalydError
-from anomalyd.serve import merging
-from anomalyd.serve.link import Link
+from anomalyd.serve import merging, supervisor
+from anomalyd.serve.link import Gone, Link
 from anomalyd.serve.metrics import Metrics
 from anomalyd.serve.models import Key
 from anomalyd.serve.settings import ServeSettings
@@ -255,6 +255,32 @@ def test_a_worker_that_hangs_is_replaced(tmp_path):
         code, said = daemon.stop()
         assert code == 0
         assert "a worker answers nothing" in said
+
+
+def test_nobody_asks_after_a_worker_that_is_gone(tmp_path, monkeypatch):
+    """The asking ends by itself, also where its cancellation is lost: the supervisor waits for it.
+
+    Python 3.11's `wait_for` loses one that comes together with the answer.
+    """
+    monkeypatch.setattr(supervisor, "PING_SECONDS", 0.0)
+
+    class Leaving:
+        asked = 0
+
+        async def ask(self, operation):
+            self.asked += 1
+            if self.asked > 2:
+                raise Gone
+
+    async def asked():
+        with socket.socket() as listener:
+            settings = ServeSettings(bundles=(str(tmp_path),), workers=2)
+            owner = supervisor.Supervisor(settings, listener, announce=print)
+            link = Leaving()
+            await asyncio.wait_for(owner._ping(supervisor.Worker(link), process=None), 10)
+            return link.asked
+
+    assert asyncio.run(asked()) == 3
 
 
 @pytest.mark.skipif(not hasattr(socket, "AF_UNIX"), reason="needs Unix sockets")
