@@ -617,8 +617,12 @@ def _say_summary(detector: Any, summary: Any, alpha: float, fdr: float | None) -
     if warning := detector.size_warning(summary.unfamiliar):
         _say(warning)
     rule = f"alpha {alpha:g}" if fdr is None else f"a false discovery rate of {fdr:g}"
-    unreadable = f", {summary.unreadable} could not be read" if summary.unreadable else ""
-    _say(f"{summary.images} images, {summary.outliers} outliers at {rule}{unreadable}")
+    said = f"{summary.images} images, {summary.outliers} outliers at {rule}"
+    if summary.ambiguous:
+        said += f", {summary.ambiguous} ambiguous"
+    if summary.unreadable:
+        said += f", {summary.unreadable} could not be read"
+    _say(said)
     return UNREADABLE if summary.unreadable else 0
 
 

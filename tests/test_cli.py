@@ -67,7 +67,8 @@ def wait_for(part, size, process):
         time.sleep(0.01)
 
 
-DIGITS = Path(__file__).parents[1] / "trained" / "mnist-pixelcnn"
+ROOT = Path(__file__).parents[1]
+DIGITS = ROOT / "trained" / "mnist-pixelcnn"
 COMMANDS = [[], ["train"], ["export"], ["calibrate"], ["evaluate"], ["score"], ["serve"]]
 COMMANDS += [["sample"], ["embed"], ["bundle"], ["bundle", "inspect"], ["bundle", "verify"]]
 COMMANDS += [["config"], ["config", "check"]]
@@ -162,6 +163,16 @@ def test_score_says_what_a_false_discovery_rate_promises(run, bundle, images):
     assert "with 199 calibration and 21 batch images no fewer than 2 flags are possible" in err
     assert err.splitlines()[-1].startswith("21 images, ")
     assert sum(json.loads(line)["outlier"] for line in out.splitlines()) in (0, *range(2, 22))
+
+
+def test_score_counts_the_images_that_fit_several_classes(run):
+    """Beside the outliers, and none of them twice."""
+    bundle, data = ROOT / "trained/mnist-bayes", ROOT / "tests/fixtures/mnist:test"
+    _, out, err = run("score", bundle, data, "--format", "jsonl", "--alpha", 0.05)
+    rows = [json.loads(line) for line in out.splitlines()]
+    said = [sum(row["outlier"] for row in rows), sum(r["reason"] == "ambiguous" for r in rows)]
+    assert min(said) > 0
+    assert err.endswith("200 images, {} outliers at alpha 0.05, {} ambiguous\n".format(*said))
 
 
 def test_unreadable_inputs_are_exit_code_3(run, bundle, images, tmp_path):

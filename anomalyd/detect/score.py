@@ -14,7 +14,7 @@ from typing import IO, TYPE_CHECKING
 import numpy as np
 
 from anomalyd.detect import conformal
-from anomalyd.detect.bayes import NOVEL, Labelling
+from anomalyd.detect.bayes import AMBIGUOUS, NOVEL, Labelling
 from anomalyd.detect.heatmap import heatmap_png
 from anomalyd.detect.manifest import dump_manifest
 from anomalyd.detect.output import (
@@ -78,10 +78,19 @@ class Scoring:
 
 @dataclass
 class Summary:
-    """Counts over all rows; `unfamiliar` of images smaller or larger than any calibrated on."""
+    """Counts over all rows.
+
+    Attributes:
+        images: all of them.
+        outliers: flagged; of bundles with classes those that fit none.
+        ambiguous: not outliers, and without a label, for they fit several classes.
+        unreadable: with an error in place of a verdict.
+        unfamiliar: smaller or larger than any image calibrated on.
+    """
 
     images: int = 0
     outliers: int = 0
+    ambiguous: int = 0
     unreadable: int = 0
     unfamiliar: int = 0
 
@@ -93,6 +102,8 @@ class Summary:
                 self.unreadable += 1
             elif row["outlier"]:
                 self.outliers += 1
+            elif row.get("reason") == AMBIGUOUS:
+                self.ambiguous += 1
 
 
 def check_fdr(detector: Detector, fdr: float, images: int) -> int:

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from anomalyd.detect import conformal
-from anomalyd.detect.bayes import NOVEL
+from anomalyd.detect.bayes import AMBIGUOUS, NOVEL
 from anomalyd.detect.bundle import MANIFEST as BUNDLE_MANIFEST
 from anomalyd.detect.detector import Detector
 from anomalyd.detect.output import Row, make_writer
@@ -52,13 +52,14 @@ class Tally:
     """Counts over the rows of one part, or of all.
 
     Attributes:
-        images, outliers, unreadable, unfamiliar: as in `Summary`.
+        images, outliers, ambiguous, unreadable, unfamiliar: as in `Summary`.
         ranks: rank -> how many p-values have it; kept with --fdr alone.
         began, ended: seconds since the epoch, of the first part scored and of the last.
     """
 
     images: int = 0
     outliers: int = 0
+    ambiguous: int = 0
     unreadable: int = 0
     unfamiliar: int = 0
     ranks: dict[int, int] = field(default_factory=dict)
@@ -74,6 +75,7 @@ class Tally:
         """Add the counts of another part."""
         self.images += other.images
         self.outliers += other.outliers
+        self.ambiguous += other.ambiguous
         self.unreadable += other.unreadable
         self.unfamiliar += other.unfamiliar
         self.began = min(self.began, other.began)
@@ -133,7 +135,7 @@ def score(
         # Also what was decided before, where its file was damaged and it was scored again.
         there = set(store.list())
         left = [_Order(part) for part in parts if scored + part_name(part.number) in there]
-        total.outliers = _decide(ray, work, total, detector, left)
+        total.outliers, total.ambiguous = _decide(ray, work, total, detector, left)
     rows = {
         "format_version": 1,
         "bundle": {"name": detector.manifest.name, "version": detector.manifest.version},
@@ -141,6 +143,7 @@ def score(
         "parts": len(parts),
         "images": total.images,
         "outliers": total.outliers,
+        "ambiguous": total.ambiguous,
         "unreadable": total.unreadable,
         "seconds": round(total.seconds, 3),
     }
@@ -156,7 +159,7 @@ def finished(store: Store) -> Tally | None:
         return None
     try:
         said = json.loads(store.read(MANIFEST))
-        return Tally(said["images"], said["outliers"], said["unreadable"])
+        return Tally(*(said[name] for name in ("images", "outliers", "ambiguous", "unreadable")))
     except (ValueError, KeyError, TypeError):
         return None  # half written by something else: it will be written again
 
@@ -256,7 +259,8 @@ class _Scorer(_Actor):
         self._work.store.write(name, buffer.getvalue())
         tally.ended = time.time()
         tally.images, tally.outliers = summary.images, summary.outliers
-        tally.unreadable, tally.unfamiliar = summary.unreadable, summary.unfamiliar
+        tally.ambiguous, tally.unreadable = summary.ambiguous, summary.unreadable
+        tally.unfamiliar = summary.unfamiliar
         return tally
 
     def _count(self, tally: Tally, rows: list[Row]) -> None:
@@ -278,35 +282,54 @@ def _add_ranks(tally: Tally, p_values: Any, levels: NDArray[np.float64]) -> None
 def _counts(work: _Work, name: str, levels: NDArray[np.float64]) -> Tally | None:
     """The counts of a part that was written before; None where it is not whole."""
     import pyarrow as pa
+    import pyarrow.compute as pc
 
+    labels = ["reason"] if work.question.labelling is not None else []
     try:
         try:
             data = work.store.read(name)
         except AnomalydError:
             data = work.store.read(name.removeprefix(work.folder))  # decided already
-        found = read_table(data, ["outlier", "p_value", "error"])
+        found = read_table(data, ["outlier", "p_value", "error", *labels])
     except (AnomalydError, pa.ArrowException, OSError, KeyError):
         return None
-    outliers = np.asarray(found["outlier"].fill_null(False))
-    tally = Tally(len(found), int(outliers.sum()), len(found) - found["error"].null_count)
+    tally = Tally(
+        images=len(found),
+        outliers=pc.sum(found["outlier"]).as_py() or 0,
+        ambiguous=_ambiguous(found),
+        unreadable=len(found) - found["error"].null_count,
+    )
     if work.question.fdr is not None:
         _add_ranks(tally, np.asarray(found["p_value"].drop_null()), levels)
     return tally
 
 
+def _ambiguous(table: Any) -> int:
+    """How many rows fit several classes; none of a bundle without classes."""
+    import pyarrow.compute as pc
+
+    if "reason" not in table.column_names:
+        return 0
+    return pc.sum(pc.equal(table["reason"], AMBIGUOUS)).as_py() or 0
+
+
 def _decide(
     ray: ModuleType, work: _Work, total: Tally, detector: Detector, orders: Sequence[_Order]
-) -> int:
-    """Flag by Benjamini-Hochberg over all parts, each written again; return how many are."""
+) -> tuple[int, int]:
+    """Flag by Benjamini-Hochberg over all parts, each written again.
+
+    Returns:
+        Outliers and ambiguous ones, as in `Summary`.
+    """
     levels = detector.calibration.levels
     counts = np.zeros(len(levels), np.int64)
     for rank, count in total.ranks.items():
         counts[rank] = count
     q_table = conformal.q_table(counts, levels)
     told = {"work": work, "levels": levels, "q_table": q_table}
-    for _ in _handed_out(ray, orders, _Decider, told, "cpu"):
-        pass
-    return int(counts[q_table <= (work.question.fdr or 0)].sum())
+    decided = _handed_out(ray, orders, _Decider, told, "cpu")
+    ambiguous = sum(tally.ambiguous for tally in decided)
+    return int(counts[q_table <= (work.question.fdr or 0)].sum()), ambiguous
 
 
 class _Decider(_Actor):
@@ -342,7 +365,7 @@ class _Decider(_Actor):
         buffer = io.BytesIO()
         pq.write_table(table, buffer)
         work.store.write(name, buffer.getvalue())
-        return Tally()
+        return Tally(ambiguous=_ambiguous(table))
 
 
 def _handed_out(
