@@ -395,8 +395,15 @@ def evaluate(
     asked = detector.labelling(label_alpha, reject_cost, _priors(priors))
     if labels and not detector.labels:
         raise UsageError(f"--labels: bundle {bundle} gives no labels; train one with --labels")
-    if baseline is not None and not labels:
-        raise UsageError("--baseline stands beside labels; add --labels")
+    of_labels = {
+        "--baseline": baseline is not None,
+        "--label-alpha": label_alpha is not None,
+        "--reject-cost": reject_cost is not None,
+        "--prior": bool(priors),
+    }
+    for option, wanted in of_labels.items():
+        if wanted and not labels:
+            raise UsageError(f"{option} is about labels; add --labels")
     beside = None
     if baseline is not None:
         beside = Baseline(read_bundle(baseline), detector, device=device)
@@ -515,8 +522,9 @@ def score(
     from anomalyd.stores import is_uri
 
     if engine == "ray":
-        if heatmaps is not None:
-            raise UsageError("--heatmaps: maps are drawn by the local engine; leave it out")
+        if heatmaps is not None or flips:
+            option = "--flips" if heatmaps is None else "--heatmaps"
+            raise UsageError(f"{option}: maps are drawn by the local engine; leave it out")
         if not output:
             raise UsageError("--engine ray writes a folder of parts; name it with --output")
         wishes = (label_alpha, reject_cost, _priors(priors))
@@ -530,7 +538,12 @@ def score(
     if output is not None:
         if is_uri(output):
             raise UsageError(f"--output {output}: a store is written by --engine ray; add that")
-        file_format(Path(output))
+        written = file_format(Path(output))
+        if kind not in ("table", written):
+            raise UsageError(
+                f"--format {kind}: --output {output} is written as its name ends; leave one of "
+                "them out"
+            )
     detector = Detector.load(bundle, device=device)
     asked = detector.labelling(label_alpha, reject_cost, _priors(priors))
     scoring = Scoring(

@@ -173,7 +173,7 @@ def open_idx(path: str, want: Want) -> Source:
         labels_path = _idx_labels(path)
         if (there := _idx_header(labels_path)) != shape[:1]:
             raise SourceError(f"{labels_path}: its shape is {there}; {path} has {shape[0]} images")
-        labels = lambda: _idx_values(labels_path)  # noqa: E731
+        labels = lambda: _idx_values(labels_path, shape[0])  # noqa: E731
     return _Array(path, lambda: _idx_body(path), shape, labels)
 
 
@@ -213,10 +213,13 @@ def _idx_labels(path: str) -> str:
     raise SourceError(f"{path}: no label file {other} beside it; labels need one")
 
 
-def _idx_values(path: str) -> Iterator[str]:
+def _idx_values(path: str, count: int) -> Iterator[str]:
     with _reading(path), _idx_body(path) as file:
-        while chunk := file.read(1 << 16):
-            yield from map(str, chunk)
+        values = file.read(count + 1)
+    if len(values) != count:
+        there = f"{len(values):,} of" if len(values) < count else "more than"
+        raise SourceError(f"{path}: {there} {count:,} labels are there; get it again")
+    yield from map(str, values)
 
 
 def _no_group(path: str, want: Want, what: str) -> None:

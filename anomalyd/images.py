@@ -412,8 +412,21 @@ def _load(data: bytes, kind: str, limits: Limits) -> ImageFile:
     """Pillow's image, whole and upright."""
     image = _open(data, kind, limits)
     image.load()
+    if kind == "PNG" and "transparency" in image.info:
+        _scale_clear(image, depth=data[24], colour=data[25])
     ImageOps.exif_transpose(image, in_place=True)
     return image
+
+
+def _scale_clear(image: ImageFile, *, depth: int, colour: int) -> None:
+    """Scale the transparent value as Pillow has scaled the pixels of a PNG, and not it."""
+    if colour == 0 and depth in (2, 4):
+        image.info["transparency"] *= 255 // (2**depth - 1)
+    elif colour == 2 and depth == 16:
+        raise FormatNotAllowed(
+            "PNG image of 16 bits names a transparent colour, which its 8 upper bits do not tell "
+            "from others; save it with an alpha channel"
+        )
 
 
 def _animated(kind: str) -> AnimatedImage:

@@ -108,9 +108,9 @@ def _open(data: str | Path, want: Want, split: str | None) -> Source:
     if chosen is None:
         return _open_folder(str(data), listing, want)
     members = splits[chosen]
-    if chosen in listing.folders:
+    if members[0] in listing.folders:
         good = os.path.join(path, "train", "good")
-        folder = good if chosen == "train" and has_kinds(path) else os.path.join(path, chosen)
+        folder = good if chosen == "train" and has_kinds(path) else os.path.join(path, members[0])
         return _open_folder(str(data), _list(folder), want, label="good" if folder == good else "")
     return _open_folder(str(data), _Listing(path, members, []), want)
 
@@ -177,6 +177,8 @@ def open_evaluation(data: str | Path, *, labels: bool = False) -> Evaluation:
     Raises:
         SourceError: as `open_source` does.
     """
+    if is_uri(str(data)):
+        return Evaluation(open_source(data, labels=labels))
     path, asked = _parse(data)
     if asked is not None or not has_kinds(path):
         return Evaluation(open_source(data, labels=labels))
@@ -280,11 +282,11 @@ def _splits(listing: _Listing) -> dict[str, list[str]]:
     if nameless and len(splits) == 1:
         splits = {}  # "train.npz" beside "more.npz" is a name, not one of several splits
     # Sub-folders are splits only where nothing else is: a class may be called "train".
-    folders = {name for name in listing.folders if name in _SPLIT_NAMES.values()}
-    if not splits and "train" in folders and not listing.files:
-        others = set(listing.folders) - folders - {"ground_truth"}
-        if not others:
-            splits = {name: [name] for name in sorted(folders)}
+    if not splits and "train" in listing.folders and not listing.files:
+        folders = [name for name in listing.folders if name != "ground_truth"]
+        named = {_SPLIT_NAMES.get(name, ""): [name] for name in folders}
+        if "" not in named and len(named) == len(folders):
+            splits = named
     return splits
 
 

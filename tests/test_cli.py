@@ -69,6 +69,7 @@ def wait_for(part, size, process):
 
 ROOT = Path(__file__).parents[1]
 DIGITS = ROOT / "trained" / "mnist-pixelcnn"
+BAYES = ROOT / "trained" / "mnist-bayes"
 COMMANDS = [[], ["train"], ["export"], ["calibrate"], ["evaluate"], ["score"], ["serve"]]
 COMMANDS += [["sample"], ["embed"], ["bundle"], ["bundle", "inspect"], ["bundle", "verify"]]
 COMMANDS += [["config"], ["config", "check"]]
@@ -167,12 +168,20 @@ def test_score_says_what_a_false_discovery_rate_promises(run, bundle, images):
 
 def test_score_counts_the_images_that_fit_several_classes(run):
     """Beside the outliers, and none of them twice."""
-    bundle, data = ROOT / "trained/mnist-bayes", ROOT / "tests/fixtures/mnist:test"
-    _, out, err = run("score", bundle, data, "--format", "jsonl", "--alpha", 0.05)
+    data = ROOT / "tests/fixtures/mnist:test"
+    _, out, err = run("score", BAYES, data, "--format", "jsonl", "--alpha", 0.05)
     rows = [json.loads(line) for line in out.splitlines()]
     said = [sum(row["outlier"] for row in rows), sum(r["reason"] == "ambiguous" for r in rows)]
     assert min(said) > 0
     assert err.endswith("200 images, {} outliers at alpha 0.05, {} ambiguous\n".format(*said))
+
+
+def test_evaluation_of_a_single_image(run, tmp_path):
+    """It says little, and is drawn all the same."""
+    data = ["--normal", ROOT / "tests/fixtures/mnist:test", "--limit", 1]
+    page = tmp_path / "page.html"
+    assert run("evaluate", BAYES, "--labels", *data, "--report", page)[0] == 0
+    assert page.exists()
 
 
 def test_unreadable_inputs_are_exit_code_3(run, bundle, images, tmp_path):
@@ -210,6 +219,10 @@ def test_errors_are_one_line(run, bundle, images, tmp_path):
         (["score", bundle, images, "--output", tmp_path / "x.txt"], 2, ".parquet"),
         (["score", bundle, images, "--output", tmp_path / "no/x.csv"], 1, "cannot be written"),
         (["score", bundle, images, "--resume"], 2, "--output"),
+        (["score", bundle, data, "--format", "csv", "--output", tmp_path / "x.jsonl"], 2, "ends"),
+        (["score", bundle, images, "--flips", "--engine", "ray", "--output", "x"], 2, "--flips"),
+        (["evaluate", bundle, "--normal", data, "--reject-cost", "0.5"], 2, "no labels"),
+        (["evaluate", BAYES, "--normal", data, "--reject-cost", "0.5"], 2, "add --labels"),
         (["evaluate", bundle, "--nonsense"], 2, "--nonsense"),
         (["evaluate", bundle], 2, "--normal"),
         (["evaluate", bundle, "--normal", data, "--outliers", "x"], 2, "NAME=DATA"),

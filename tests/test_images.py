@@ -200,9 +200,15 @@ def test_a_transparent_colour_is_black(photo):
     assert decode(encoded(grey, transparency=7), 1, LIMITS).ravel().tolist() == [0, 8]
     deep = png(2, 1, 16, 0, b"\0\x07\x00\x08\x08", before=chunk(b"tRNS", b"\x07\x00"))
     assert decode(deep, 1, LIMITS).ravel().tolist() == [0, 8]
+    for depth, row, expected in ((2, b"\0\x60", [0, 170]), (4, b"\0\x12", [0, 34])):
+        few = png(2, 1, depth, 0, row, before=chunk(b"tRNS", b"\0\1"))
+        assert decode(few, 1, LIMITS).ravel().tolist() == expected
     rgb = np.array([[[1, 2, 3], [4, 5, 6]]], np.uint8)
     kept = decode(encoded(rgb, transparency=(1, 2, 3)), 3, LIMITS)
     assert kept.ravel().tolist() == [0, 0, 0, 4, 5, 6]
+    deep = png(1, 1, 16, 2, b"\0" + b"\0\7" * 3, before=chunk(b"tRNS", b"\0\7" * 3))
+    with pytest.raises(FormatNotAllowed, match="with an alpha channel"):
+        decode(deep, 3, LIMITS)
 
 
 def test_cmyk_jpeg_becomes_rgb(photo):

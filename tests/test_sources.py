@@ -237,6 +237,17 @@ def test_splits_of_other_forms(form, tmp_path, shirts):
         open_source(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["val", "valid", "validation"])
+def test_a_validation_folder_is_a_split(name, tmp_path, shirts):
+    """train/, val/ and test/ are not mixed, whatever the one between is called."""
+    for folder, images in {"train": shirts[:5], name: shirts[5:8], "test": shirts[8:9]}.items():
+        save_png(tmp_path / folder, images)
+    assert len(open_source(tmp_path, split="train")) == 5
+    assert len(open_source(f"{tmp_path}:val")) == len(open_source(f"{tmp_path}:validation")) == 3
+    with pytest.raises(SourceError, match="splits validation, train, test; say which"):
+        open_source(tmp_path)
+
+
 def test_a_folder_with_one_split_is_that_split(tmp_path, shirts):
     """A lone test file needs no suffix, whatever the command would take by default."""
     np.save(tmp_path / "test.npy", shirts[:3])
@@ -311,6 +322,16 @@ def test_class_names_of_a_hugging_face_file_are_used(tmp_path, shirts):
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
     found = [item.label for item in open_source(tmp_path / "a.parquet", labels=True)]
     assert found == ["boot", "shirt", "7"]
+
+
+def test_a_truncated_label_file_is_named(fixture_data, tmp_path):
+    """It is the labels that are to be got again, and not the images."""
+    for kind in ("images-idx3", "labels-idx1"):
+        name = f"t10k-{kind}-ubyte"
+        data = gzip.decompress((fixture_data / "mnist" / f"{name}.gz").read_bytes())
+        (tmp_path / name).write_bytes(data[: -7 if "labels" in kind else None])
+    with pytest.raises(SourceError, match="labels-idx1-ubyte: 193 of 200 labels are there"):
+        list(open_source(tmp_path, labels=True))
 
 
 def test_labels_of_folders(tmp_path, shirts):
@@ -436,6 +457,8 @@ def test_evaluation_of_anything_else_is_all_normal(fixture_data):
     evaluation = open_evaluation(f"{fixture_data / 'mnist'}:test")
     assert len(evaluation.normal) == 200
     assert (evaluation.outliers, evaluation.masks) == ({}, {})
+    stored = open_evaluation((fixture_data / "images").as_uri())
+    assert len(stored.normal) == len(open_source(fixture_data / "images"))
     with pytest.raises(SourceError, match="say which"):
         open_evaluation(fixture_data / "mnist")
 

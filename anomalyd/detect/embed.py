@@ -12,7 +12,7 @@ from anomalyd.detect.golden import open_session
 from anomalyd.detect.output import Row, file_format, write_file
 from anomalyd.detect.pipeline import Slab, item_name, scored
 from anomalyd.errors import BundleError, SourceError
-from anomalyd.sources import open_paths
+from anomalyd.sources import open_paths, open_source
 
 if TYPE_CHECKING:
     from anomalyd.sources import Source
@@ -40,16 +40,17 @@ class Embedded:
 
 
 def open_labelled(data: str | Path) -> Source:
-    """The images that a DATA argument names, with their classes where it has them.
+    """The images that a DATA argument names, with their classes where all of them have one.
 
     Raises:
         SourceError: there is no such thing, nothing in it can be read, or the split is unclear.
         MissingExtra: Parquet without pyarrow.
     """
     try:
-        return open_paths([data], labels=True)
+        open_source(data, labels=True)
     except SourceError:
         return open_paths([data])
+    return open_paths([data], labels=True)  # and what breaks off half way is named
 
 
 def embed(

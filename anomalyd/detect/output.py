@@ -228,7 +228,7 @@ class Journal:
         if first != _encoder.encode(header) + b"\n":
             self._file.close()
             raise UsageError(
-                f"--resume: {self.part} was begun with another bundle, alpha or options; "
+                f"--resume: {self.part} was begun with another bundle, alpha or other options; "
                 "repeat those, or start again without --resume"
             )
         end = self._file.tell()
@@ -255,6 +255,15 @@ class _JsonLines:
         pass
 
 
+class _Lines(io.StringIO):
+    """Rows that end in a newline; a carriage return is quoted only by who ends rows in one."""
+
+    END = "\r\n"
+
+    def write(self, row: str) -> int:
+        return super().write(row.removesuffix(self.END) + "\n")
+
+
 class _Csv:
     """An embedding is spread over columns of its own: embedding_0, embedding_1 and so on."""
 
@@ -263,8 +272,8 @@ class _Csv:
         self._spread = [f"embedding_{i}" for i in range(features)]
         spread = {"embedding": self._spread}
         names = [part for name in names for part in spread.get(name, [name])]
-        self._buffer = io.StringIO()
-        self._writer = csv.DictWriter(self._buffer, names, lineterminator="\n")
+        self._buffer = _Lines()
+        self._writer = csv.DictWriter(self._buffer, names, lineterminator=_Lines.END)
         self._writer.writeheader()
 
     def write(self, rows: Sequence[Row]) -> None:

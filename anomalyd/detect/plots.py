@@ -246,7 +246,7 @@ def _range(normal: Floats, others: list[Floats]) -> tuple[float, float]:
 
 def _steps(last: int, points: int = POINTS) -> NDArray[np.intp]:
     """0 to last: each of the first few, then ever fewer."""
-    spread = [np.geomspace(1, last, points), np.linspace(0, last, points)]
+    spread = [np.geomspace(1, max(1, last), points).clip(max=last), np.linspace(0, last, points)]
     return np.unique(np.concatenate(spread).round().astype(np.intp))
 
 

@@ -312,9 +312,18 @@ def _counted(rows: Iterable[Row], summary: Summary) -> Iterator[Row]:
 def _header(detector: Detector, scoring: Scoring) -> Row:
     """Everything that decides what a row says."""
     digest = hashlib.sha256(dump_manifest(detector.manifest)).hexdigest()
-    header: Row = {"bundle": digest, "alpha": scoring.alpha, "explain": scoring.explain}
+    header: Row = {
+        "bundle": digest,
+        "alpha": scoring.alpha,
+        "explain": scoring.explain,
+        # Until the last p-value is known nothing is an outlier, and every image has a label.
+        "fdr": scoring.fdr is not None,
+        # Maps of rows that are journaled already would be missing.
+        "heatmaps": None if scoring.heatmaps is None else str(scoring.heatmaps.absolute()),
+        "flips": scoring.flips,
+    }
     if scoring.labelling is not None:
-        header["labelling"] = asdict(scoring.labelling) | {"fdr": scoring.fdr is not None}
+        header["labelling"] = asdict(scoring.labelling)
     return header
 
 

@@ -72,8 +72,9 @@ def run(
     if flips and raw.nll_map is not None:
         for flip in FLIPS:
             flipped = once([image[flip] for image in images]).nll_map
-            for whole, part in zip(raw.nll_map, flipped or (), strict=True):
-                whole += part[flip]
+            if flipped is not None:
+                for whole, part in zip(raw.nll_map, flipped, strict=True):
+                    whole += part[flip]
         for whole in raw.nll_map:
             whole /= 1 + len(FLIPS)
     return raw

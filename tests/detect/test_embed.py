@@ -91,6 +91,10 @@ def test_labels_come_along_where_there_are_some(bundle, tmp_path):
         labels[name] = pq.read_table(path)["label"].to_pylist()
     assert labels["x"] == [str(i % 3) for i in range(N)]
     assert labels["y"] == [None] * N
+    (tmp_path / "arrays").mkdir()
+    np.save(tmp_path / "arrays" / "z.npy", IMAGES)
+    done = embed(bundle, open_labelled(tmp_path / "arrays"), tmp_path / "z.csv", device="cpu")
+    assert (done.images, done.unreadable) == (N, 0)
 
 
 def test_every_kind_with_an_encoder_embeds(tmp_path):

@@ -81,6 +81,16 @@ def test_csv_and_table_hold_every_input(detector, source):
     assert "\x1b" not in table
 
 
+def test_a_name_with_line_ends_is_one_row_of_csv(detector, tmp_path):
+    """Carriage returns and newlines in a file's name are quoted; rows end in a newline alone."""
+    name = "a\rb\nc\r\n.png"
+    Image.fromarray(tiny.draw(1, seed=81)[0, ..., 0]).save(tmp_path / name)
+    text, _ = streamed(detector, open_paths([tmp_path]), "csv")
+    rows = list(csv.DictReader(io.StringIO(text, newline="")))
+    assert [row["source"] for row in rows] == [str(tmp_path / name)]
+    assert text.count("\r\n") == 1
+
+
 def test_explanations_are_part_of_the_row(detector, source):
     """An object in JSON, text in CSV, further lines in a table."""
     text, _ = streamed(detector, source, "jsonl", explain=True)
@@ -181,6 +191,9 @@ def test_resuming_something_else_is_refused(detector, source, tmp_path):
         score_to_file(detector, Dies(source, 28), Scoring(0.05), path)
     with pytest.raises(UsageError, match="another bundle, alpha"):
         score_to_file(detector, source, Scoring(0.1), path, resume=True)
+    for other in (Scoring(0.05, fdr=0.2), Scoring(0.05, heatmaps=tmp_path / "maps")):
+        with pytest.raises(UsageError, match="or other options"):
+            score_to_file(detector, source, other, path, resume=True)
     other = open_paths([tmp_path / "c.npy"])
     with pytest.raises(UsageError, match="start without --resume"):
         score_to_file(detector, other, Scoring(0.05), path, resume=True)

@@ -125,6 +125,22 @@ def test_flips_average_the_map_and_leave_the_score(detector):
     assert raw.texture[0] == plain.texture[0]
 
 
+def test_flips_average_the_map_of_a_small_image_too(tmp_path):
+    """What is no photograph is turned as a whole."""
+    detector = Detector.load(tiny.tiny_bundle(tmp_path), device="cpu")
+    images = tiny.draw(3, seed=9)
+
+    def maps(images, **options):
+        return tiling.run(detector.session, detector.spec, images, nll_map=True, **options).nll_map
+
+    turned = [
+        maps(images[:, ::down, ::right])[:, ::down, ::right]
+        for down in (1, -1)
+        for right in (1, -1)
+    ]
+    np.testing.assert_allclose(maps(images, flips=True), np.mean(turned, axis=0), atol=1e-5)
+
+
 def test_scaling_down_takes_means_and_maps_come_back_at_full_size(tmp_path):
     """Boxes are averaged, a rest gives a narrower box, and the map has the photograph's size."""
     image = np.arange(7 * 10, dtype=np.uint8).reshape(7, 10, 1)
