@@ -11,7 +11,9 @@ GET  /                          a page to drop an image on
 
 from __future__ import annotations
 
+import asyncio
 import base64
+import contextlib
 import time
 from collections.abc import Callable
 from functools import cache, partial
@@ -46,6 +48,7 @@ OPEN = {"/livez", "/readyz", "/startupz", "/v2/health/live", "/v2/health/ready",
 ADMINISTRATION = ("/v2/repository/models/",)
 NUMBERS, SWITCHES, PRIOR = ("alpha", "label_alpha", "reject_cost"), ("heatmap", "explain"), "prior"
 TRUTHS = {"1": True, "true": True, "0": False, "false": False}
+CLOSE = (b"connection", b"close")
 PAGE_POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
     "connect-src 'self'; img-src data: blob:; base-uri 'none'; form-action 'none'; "
@@ -89,7 +92,7 @@ def create_app(
         ],
         redirect_slashes=False,
     )
-    return Edge(router, models, access, log_requests=settings.log_requests)
+    return Edge(router, models, access, bodies, log_requests=settings.log_requests)
 
 
 class Score:
@@ -260,12 +263,19 @@ class Edge:
     """
 
     def __init__(
-        self, router: Router, models: Models, access: Access | None, *, log_requests: bool
+        self,
+        router: Router,
+        models: Models,
+        access: Access | None,
+        bodies: Bodies,
+        *,
+        log_requests: bool,
     ) -> None:
         self.router = router
         self._models = models
         self._metrics = models.metrics
         self._access = access
+        self._bodies = bodies
         self._log_requests = log_requests
         # Looked up once: a label's child is found by hashing its values.
         self._counted: dict[tuple[str, int], Callable[[], None]] = {}
@@ -278,21 +288,29 @@ class Edge:
         identity = Identity.of(scope["headers"])
         identified.set(identity)
         code = 0
+        given = dict(scope["headers"])
         # Who waits for leave to send his body and is refused may send it or the next request.
-        unsent = header(scope, b"expect") is not None
+        unsent = b"expect" in given
+        unread = b"transfer-encoding" in given or given.get(b"content-length", b"0") != b"0"
 
         async def receiving() -> Message:
-            nonlocal unsent
+            nonlocal unsent, unread
             unsent = False  # to receive is to give leave
-            return await receive()
+            message = await receive()
+            unread = message.get("more_body", False)
+            return message
 
         async def noting(message: Message) -> None:
             nonlocal code
             if not code:
+                headers = message["headers"]
+                headers.append((b"x-request-id", identity.encoded))
+                closing = CLOSE in headers
+                if unread and not unsent and not closing:
+                    await self._read_on(receiving)
+                if (self._models.stopping or unread) and not closing:
+                    headers.append(CLOSE)  # the next request is to go elsewhere
                 code = message["status"]
-                message["headers"].append((b"x-request-id", identity.encoded))
-                if self._models.stopping or unsent:  # the next request is to go elsewhere
-                    message["headers"].append((b"connection", b"close"))
             await send(message)
 
         scope["app"] = self  # the router then raises for what it does not find
@@ -300,15 +318,18 @@ class Edge:
         try:
             if self._access is not None:
                 self._admit(self._access, scope)
-            await self.router(scope, receiving if unsent else receive, noting)
+            await self.router(scope, receiving if unread else receive, noting)
         except ClientGone:
             code = CLIENT_GONE
+        except asyncio.CancelledError:  # by the end of the daemon alone
+            if not code:
+                detail = "the daemon is shutting down; come again"
+                problem = Problem(503, "loading", detail, close=True)
+                await self._refuse(problem, scope, receive, noting)
         except Exception as error:  # the last line of defence: answer and go on
             if code:
                 raise  # half an answer is out; the server closes the connection
-            problem = told(error, self._metrics)
-            response = problem_response(problem, oip=scope["path"].startswith("/v2"))
-            await response(scope, receive, noting)
+            await self._refuse(error, scope, receive, noting)
         finally:
             matched = scope.get("route")
             route = "unmatched" if matched is None else matched.path
@@ -317,6 +338,26 @@ class Edge:
             self._count(route, code, seconds)
             if self._log_requests:
                 log_request(route, code, seconds)
+
+    async def _refuse(self, error: Exception, scope: Scope, receive: Receive, send: Send) -> None:
+        problem = told(error, self._metrics)
+        response = problem_response(problem, oip=scope["path"].startswith("/v2"))
+        await response(scope, receive, send)
+
+    async def _read_on(self, receive: Receive) -> None:
+        """Throw away what nobody has read of a body, within the bounds of one that is read.
+
+        Its client reads no answer before it has sent it, and where the connection is closed on
+        it, it may see none. At the end of the daemon it is answered at once.
+        """
+        size = 0
+        with contextlib.suppress(TimeoutError, asyncio.CancelledError):
+            async with asyncio.timeout(self._bodies.timeout):
+                while size <= self._bodies.limit:
+                    message = await receive()
+                    if not message.get("more_body", False):
+                        return
+                    size += len(message["body"])
 
     def _count(self, route: str, code: int, seconds: float) -> None:
         count = self._counted.get((route, code))

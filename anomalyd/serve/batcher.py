@@ -8,7 +8,8 @@ While one batch runs the one before is judged and the next one gathers, so batch
 load by themselves; `max_wait` adds a pause for company when nothing runs. A full batch need not
 wait for the end of a run, where some CPUs are idle already. What would not be answered in time,
 by the time that runs have taken lately, is refused before it waits, so that beyond capacity those
-who are let in keep their latency.
+who are let in keep their latency. Where judging is the slower half the runs wait for it, and so
+the queue stays the one place where anything piles up.
 """
 
 from __future__ import annotations
@@ -35,6 +36,9 @@ logger = logging.getLogger(__name__)
 
 # However slow a model is, as many images may wait.
 FEWEST = 4
+
+# Batches that have run and are not answered yet; beyond, no run starts.
+UNJUDGED = 2
 
 # A burst may wait for `longest`. From the first refusal on half of it counts, for as long as the
 # model works for this share of the time: where it does not, something else holds the clients up.
@@ -143,7 +147,8 @@ class Batcher(Generic[Job, Answer]):
             it began, by estimate, are refused, seconds; half of it counts after that while
             runs follow one another without a pause, so that a burst finds room, and a load that
             goes on finds a short queue (after "Fail at Scale", Maurer 2015).
-        timeout: a job that has waited longer is not run, seconds.
+        timeout: a job that has waited longer is not run, seconds; behind other work it is told so
+            at once.
         size: bytes of a job.
         waited: called with each job's time in the queue, seconds.
     """
@@ -178,8 +183,11 @@ class Batcher(Generic[Job, Answer]):
         self._waiting: OrderedDict[asyncio.Future[Answer], _Waiting[Job]] = OrderedDict()
         self._bytes = 0
         self._timer: asyncio.Handle | None = None
+        self._expiry: asyncio.TimerHandle | None = None
+        self._expires = 0.0  # when it fires: nothing that waits behind other work is due sooner
         self._closed = False
         self._running: list[float] = []  # seconds that each present run takes, by estimate
+        self._unjudged = 0  # batches that have run and are not answered yet
         self._free_at = self._last_end = 0.0
         self._load = 0.0  # share of the time that something ran, from a refusal on, else 0
         self._places = threading.Semaphore(runs)  # the judging thread runs failed jobs again
@@ -192,9 +200,9 @@ class Batcher(Generic[Job, Answer]):
         return len(self._waiting)
 
     @property
-    def backlogged(self) -> bool:
-        """Whether a job submitted now has to wait for more than the next batch."""
-        return len(self._waiting) >= self._max_batch
+    def behind(self) -> bool:
+        """Whether jobs wait that are not about to be run: other work comes first."""
+        return bool(self._waiting) and self._timer is None
 
     @property
     def wait(self) -> float:
@@ -260,6 +268,8 @@ class Batcher(Generic[Job, Answer]):
             self._waiting[future] = _Waiting(job, now, until, size)
             futures.append(future)
         self._wake(loop)
+        if self.behind and (self._expiry is None or until < self._expires):
+            self._expire_at(loop, until)
         return futures
 
     def drop(self, future: asyncio.Future[Answer]) -> None:
@@ -267,6 +277,7 @@ class Batcher(Generic[Job, Answer]):
         waiting = self._waiting.pop(future, None)
         if waiting is not None:
             self._bytes -= waiting.size
+            self._none_expire()
         if not future.cancel() and not future.cancelled():
             future.exception()  # nobody will ask for it
 
@@ -274,12 +285,14 @@ class Batcher(Generic[Job, Answer]):
         """Wait for the batch that is being run; start no other."""
         if self._timer is not None:
             self._timer.cancel()
+        if self._expiry is not None:
+            self._expiry.cancel()
         self._closed = True
         self._runner.shutdown(cancel_futures=True)
 
     def _wake(self, loop: asyncio.AbstractEventLoop) -> None:
         """Start a batch now if one is full, soon if one may still grow."""
-        if self._closed:
+        if self._closed or self._unjudged >= UNJUDGED:
             return
         while len(self._waiting) >= self._max_batch and len(self._running) < self._runs:
             self._start(loop)
@@ -314,7 +327,33 @@ class Batcher(Generic[Job, Answer]):
             self._waited(now - waiting.since)
             futures.append(future)
             jobs.append(waiting.job)
+        self._none_expire()
         return futures, jobs
+
+    def _expire_at(self, loop: asyncio.AbstractEventLoop, until: float) -> None:
+        if self._expiry is not None:
+            self._expiry.cancel()
+        self._expires = until
+        self._expiry = loop.call_later(until - time.perf_counter(), self._expire, loop)
+
+    def _expire(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Tell those whose time is over, and look again when the next one's is."""
+        self._expiry = None
+        now = time.perf_counter()
+        for future, waiting in list(self._waiting.items()):
+            if now > waiting.until:
+                del self._waiting[future]
+                self._bytes -= waiting.size
+                if not future.done():
+                    future.set_exception(Expired())
+        if self._waiting:
+            self._expire_at(loop, min(waiting.until for waiting in self._waiting.values()))
+
+    def _none_expire(self) -> None:
+        """Where nothing waits, no timer keeps the batcher, and with it a model, alive."""
+        if self._expiry is not None and not self._waiting:
+            self._expiry.cancel()
+            self._expiry = None
 
     def _ran(self, jobs: list[Job]) -> _Ran:
         with self._places:
@@ -342,9 +381,10 @@ class Batcher(Generic[Job, Answer]):
         outcome, began, ended = running.result()
         if ended > self._last_end:
             self._learn(len(jobs), began, ended)
+        self._unjudged += 1
         self._wake(loop)
         judging = loop.run_in_executor(self._judging, self._judged, jobs, outcome)
-        judging.add_done_callback(partial(self._answer, futures))
+        judging.add_done_callback(partial(self._answer, loop, futures))
 
     def _learn(self, jobs: int, began: float, ended: float) -> None:
         """What a run says of the model's pace, and of whether it has any rest."""
@@ -374,9 +414,12 @@ class Batcher(Generic[Job, Answer]):
 
     def _answer(
         self,
+        loop: asyncio.AbstractEventLoop,
         futures: list[asyncio.Future[Answer]],
         judging: asyncio.Future[Sequence[Answer | _Failure]],
     ) -> None:
+        self._unjudged -= 1
+        self._wake(loop)
         failures = []
         for future, answer in zip(futures, judging.result(), strict=True):
             if isinstance(answer, _Failure):

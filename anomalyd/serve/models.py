@@ -6,7 +6,7 @@ import logging
 import re
 import time
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -106,12 +106,13 @@ class Models:
 
     Args:
         models: what is served from the start.
-        default: the model that is meant where none is named; None takes the one that is served
-            alone at the start, and stays with it.
+        default: the model that is meant where none is named; None takes `first`, while that is
+            served.
         metrics: the daemon's.
 
     Attributes:
         by_name: the current version of each model.
+        first: the model that was served alone at the start, if one was.
         started: whether every configured model has been loaded once.
         accepting: false before that and from the moment that shutdown is asked for.
         healthy: whether all workers are alive.
@@ -126,8 +127,8 @@ class Models:
     ) -> None:
         self.metrics = metrics
         self._default = default
-        self._first: str | None = None  # was served alone when anything was first
         self.by_name: dict[str, Model] = {}
+        self.first: str | None = None
         self.started = False
         self.healthy = True
         self.stopping = False
@@ -144,9 +145,7 @@ class Models:
     @property
     def default(self) -> str | None:
         """The model that is meant where none is named."""
-        if self._default is None and len(self.by_name) == 1:
-            return next(iter(self.by_name))
-        return self._default or (self._first if self._first in self.by_name else None)
+        return self._default or (self.first if self.first in self.by_name else None)
 
     @property
     def names(self) -> str:
@@ -252,8 +251,8 @@ class Models:
         self.by_name = {
             name: after[Key(name, version)] for name, version in sorted(current.items())
         }
-        if not before and len(self.by_name) == 1:
-            self._first = next(iter(self.by_name))
+        if not self.started:
+            self.first = next(iter(self.by_name)) if len(self.by_name) == 1 else None
         for key in before.keys() - after.keys():
             self.metrics.forget(*key)
             logger.info("let go", extra={"fields": key._asdict()})
@@ -347,11 +346,15 @@ def _run(detector: Detector, jobs: list[Job]) -> Raw:
 
 
 def _judge(detector: Detector, jobs: list[Job], raw: Raw) -> list[Scored]:
-    asked = {(job.alpha, job.labelling) for job in jobs}
-    judged = {each: detector.judge(raw, *each) for each in asked}
-    return [
-        Scored(judged[job.alpha, job.labelling][row], raw, row) for row, job in enumerate(jobs)
-    ]
+    asked: dict[tuple[float, Labelling], list[int]] = {}
+    for row, job in enumerate(jobs):
+        asked.setdefault((job.alpha, job.labelling), []).append(row)
+    scores = replace(raw, nll_map=None)  # no verdict rests on the map
+    verdicts: dict[int, Verdict] = {}
+    for each, rows in asked.items():
+        own = scores if len(rows) == len(jobs) else scores[np.array(rows)]
+        verdicts.update(zip(rows, detector.judge(own, *each), strict=True))
+    return [Scored(verdicts[row], raw, row) for row in range(len(jobs))]
 
 
 def _size(job: Job) -> int:

@@ -30,13 +30,15 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from anomalyd.serve.models import Model, Scored
-    from anomalyd.serve.scoring import Image
+    from anomalyd.serve.scoring import Image, Pixels
 
 __all__ = [
     "EXTENSIONS",
     "Call",
     "Output",
+    "bad",
     "check_elements",
+    "check_maps",
     "config",
     "elements",
     "images_of",
@@ -104,6 +106,11 @@ class Output:
 _decoder = msgspec.json.Decoder(Call)
 
 
+def bad(detail: str) -> Problem:
+    """The refusal of a request that is malformed."""
+    return Problem(400, "request", detail)
+
+
 def parse_json(head: bytes | memoryview) -> Call:
     """The JSON of an inference request.
 
@@ -164,13 +171,13 @@ def images_of(tensor: Tensor, raw: memoryview | None, most: int) -> Sequence[Ima
     """
     count = _checked_shape(tensor, most)
     if (raw is None) == (memoryview(tensor.data).nbytes == 0):
-        raise _bad(f"input {tensor.name} must have either data or binary_data_size")
+        raise bad(f"input {tensor.name} must have either data or binary_data_size")
     if tensor.name == "pixels":
         pixels = _pixels(tensor, raw)
         return list(pixels)
     images = _texts(tensor) if raw is None else elements(raw, count)
     if len(images) != count:
-        raise _bad(f"input image has the shape {tensor.shape} and other than {count} elements")
+        raise bad(f"input image has the shape {tensor.shape} and other than {count} elements")
     return images
 
 
@@ -194,9 +201,9 @@ def prepare(
         names = list(wanted)
         for name in names:
             if name not in there:
-                raise _bad(f"no output {name[:40]!r}; there are {', '.join(there)}")
+                raise bad(f"no output {name[:40]!r}; there are {', '.join(there)}")
         if len(set(names)) < len(names):
-            raise _bad("an output is asked for twice; ask for each once")
+            raise bad("an output is asked for twice; ask for each once")
     alpha, label_alpha, reject_cost = (
         _typed(parameters, name, float, "a number") for name in (ALPHA, LABEL_ALPHA, REJECT_COST)
     )
@@ -271,6 +278,21 @@ def check_elements(many: int) -> None:
         raise Problem(413, "too_many_bytes", detail)
 
 
+def check_maps(pixels: Sequence[Pixels]) -> None:
+    """Refuse heatmaps of these images as lists that would hold up everybody else likewise.
+
+    Raises:
+        Problem: 413 too long.
+    """
+    many = sum(image.shape[0] * image.shape[1] for image in pixels)
+    if many > MOST_ELEMENTS:
+        detail = (
+            f"the heatmap would be a list of {many} elements, at most {MOST_ELEMENTS}; ask for it "
+            "with binary_data"
+        )
+        raise Problem(413, "too_many_pixels", detail)
+
+
 def elements(raw: memoryview, most: int) -> list[memoryview]:
     """The strings of a BYTES tensor, each with its length before it.
 
@@ -285,11 +307,11 @@ def elements(raw: memoryview, most: int) -> list[memoryview]:
     at, end = 0, len(raw)
     while at < end and len(found) <= most:
         if end - at < 4:
-            raise _bad("input image ends in the middle of a length; send uint32 and then bytes")
+            raise bad("input image ends in the middle of a length; send uint32 and then bytes")
         (size,) = struct.unpack_from("<I", raw, at)
         at += 4
         if size > end - at:
-            raise _bad(f"input image has an element of {size} bytes where {end - at} are left")
+            raise bad(f"input image has an element of {size} bytes where {end - at} are left")
         found.append(raw[at : at + size])
         at += size
     return found
@@ -328,16 +350,16 @@ def _checked_shape(tensor: Tensor, most: int) -> int:
     """The number of images that the shape says."""
     name, shape = tensor.name[:40], tensor.shape
     if name not in ("image", "pixels"):
-        raise _bad(f"no input {name!r}; there are image (BYTES) and pixels (UINT8): give one")
+        raise bad(f"no input {name!r}; there are image (BYTES) and pixels (UINT8): give one")
     datatype = {"image": "BYTES", "pixels": "UINT8"}[name]
     if tensor.datatype != datatype:
-        raise _bad(f"input {name} must be {datatype}, not {tensor.datatype[:40]!r}")
+        raise bad(f"input {name} must be {datatype}, not {tensor.datatype[:40]!r}")
     if not 1 <= len(shape) <= MOST_SIDES or any(side < 1 for side in shape):
-        raise _bad(f"input {name} must have sides of at least 1, not {str(shape)[:80]}")
+        raise bad(f"input {name} must have sides of at least 1, not {str(shape)[:80]}")
     if name == "pixels" and (len(shape) != 4 or shape[3] not in (1, 3)):
-        raise _bad(f"input pixels must be [N, H, W, 1 or 3], not {shape}")
+        raise bad(f"input pixels must be [N, H, W, 1 or 3], not {shape}")
     if name == "image" and shape[1:] not in ([], [1]):
-        raise _bad(f"input image must be [N], not {shape}")
+        raise bad(f"input image must be [N], not {shape}")
     if shape[0] > most:
         detail = f"{shape[0]} images in one request, at most {most}; send several requests"
         raise Problem(413, "too_many_images", detail)
@@ -351,7 +373,7 @@ def _pixels(tensor: Tensor, raw: memoryview | None) -> NDArray[np.uint8]:
     else:
         flat = np.frombuffer(raw, np.uint8)
     if flat.size != size:
-        raise _bad(f"input pixels has the shape {tensor.shape} and {flat.size} bytes")
+        raise bad(f"input pixels has the shape {tensor.shape} and {flat.size} bytes")
     return flat.reshape(tensor.shape)
 
 
@@ -359,14 +381,14 @@ def _numbers(data: bytes, shape: list[int]) -> NDArray[np.uint8]:
     opening = OPENING.match(data)
     depth = 0 if opening is None else opening[0].count(b"[")
     if depth not in NESTED:
-        raise _bad(f"input pixels must be flat or nested 4 deep, not {depth}")
+        raise bad(f"input pixels must be flat or nested 4 deep, not {depth}")
     numbers = _strict(lambda d: msgspec.json.decode(d, type=NESTED[depth]), data, "input pixels")
     try:
         array = np.array(numbers, np.uint8)
     except ValueError:
-        raise _bad("input pixels is nested unevenly") from None
+        raise bad("input pixels is nested unevenly") from None
     if depth > 1 and list(array.shape) != shape:
-        raise _bad(f"input pixels has the shape {shape} and is nested as {list(array.shape)}")
+        raise bad(f"input pixels has the shape {shape} and is nested as {list(array.shape)}")
     return array
 
 
@@ -378,12 +400,12 @@ def _texts(tensor: Tensor) -> list[bytes]:
     for text in texts:
         if isinstance(text, list):
             if len(text) != 1:
-                raise _bad(f"input image has the shape {tensor.shape}: one string a row")
+                raise bad(f"input image has the shape {tensor.shape}: one string a row")
             text = text[0]
         try:
             images.append(base64.b64decode(text, validate=True))
         except (binascii.Error, ValueError):
-            raise _bad("input image must be base64 in JSON; or send it as binary data") from None
+            raise bad("input image must be base64 in JSON; or send it as binary data") from None
     return images
 
 
@@ -391,18 +413,18 @@ def _strict(decode: Callable[[Any], Any], data: bytes, what: str) -> Any:
     try:
         return decode(data)
     except msgspec.MsgspecError as error:
-        raise _bad(f"{what}: {error}") from None
+        raise bad(f"{what}: {error}") from None
     except RecursionError:
-        raise _bad(f"{what}: JSON is nested too deep") from None
+        raise bad(f"{what}: JSON is nested too deep") from None
     except UnicodeDecodeError:
-        raise _bad(f"{what}: JSON is not UTF-8") from None
+        raise bad(f"{what}: JSON is not UTF-8") from None
 
 
 def _typed(parameters: Mapping[str, Parameter], name: str, kind: type[Any], said: str) -> Any:
     value = parameters.get(name)
     if value is None:
         return None
-    wrong = _bad(f"parameter {name} must be {said}, not {repr(value)[:40]}")
+    wrong = bad(f"parameter {name} must be {said}, not {repr(value)[:40]}")
     if isinstance(value, bool) != (kind is bool):
         raise wrong
     if kind is float:  # in a text, too: gRPC's older clients have no doubles
@@ -418,10 +440,6 @@ def _typed(parameters: Mapping[str, Parameter], name: str, kind: type[Any], said
 def _maps(scored: Sequence[Scored]) -> NDArray[np.float32]:
     maps = [one.raw.nll_map[one.row] for one in scored if one.raw.nll_map is not None]
     if len({image.shape for image in maps}) > 1:
-        raise _bad("the images differ in size, and so do their heatmaps: ask for one at a time")
+        raise bad("the images differ in size, and so do their heatmaps: ask for one at a time")
     stacked: NDArray[np.float32] = np.stack(maps)
     return np.nan_to_num(stacked, nan=LARGEST, posinf=LARGEST, neginf=-LARGEST)
-
-
-def _bad(detail: str) -> Problem:
-    return Problem(400, "request", detail)

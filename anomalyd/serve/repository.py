@@ -168,6 +168,27 @@ class Repository:
             self._seen = {key: found.mark for key, found in there.items()}
             self._publish()
 
+    def restart(self) -> None:
+        """Load everything anew, for all who served it are gone; what fails is left out.
+
+        Raises:
+            BundleError: nothing there, or nothing that can be loaded.
+            OSError: a folder that cannot be read.
+        """
+        with self._lock:
+            there = self._by_key()
+            self._forget_flaws(there)
+            self._served.clear()  # there is nothing that could be served on
+            failure: AnomalydError | None = None
+            for found in there.values():
+                if self._is_new(found, again=True) and (error := self._load(found)) is not None:
+                    logger.error("not served: %s", error)
+                    failure = error
+            if failure is not None and not self._served:
+                raise failure
+            self._missing.clear()
+            self._publish()
+
     def check_unchanged(self) -> None:
         """Refuse to go on where what is served is not what is on disk.
 

@@ -28,7 +28,7 @@ from anomalyd.serve import oip
 from anomalyd.serve.body import Bodies, Intake, header
 from anomalyd.serve.control import Control
 from anomalyd.serve.models import Model, Models
-from anomalyd.serve.oip import Call, Output
+from anomalyd.serve.oip import Call, Output, bad
 from anomalyd.serve.problems import Problem
 from anomalyd.serve.scoring import Scorer
 from anomalyd.serve.settings import ServeSettings
@@ -105,7 +105,8 @@ class Infer:
                     for output in call.outputs or ()
                 }
                 images = self._images(call, inputs)
-                outputs = await infer(model, self._scorer, call, images, receive)
+                listed = not carried.get("heatmap", binary)
+                outputs = await infer(model, self._scorer, call, images, receive, listed=listed)
         except Exception:
             model.metrics.failed.inc()
             raise
@@ -144,17 +145,17 @@ class Infer:
     def _images(self, call: Call, inputs: memoryview) -> Sequence[Any]:
         names = [tensor.name for tensor in call.inputs]
         if len(set(names)) < len(names):
-            raise _bad("an input is given twice; give each once")
+            raise bad("an input is given twice; give each once")
         if len(names) != 1:
-            raise _bad("give one input: image (BYTES) or pixels (UINT8)")
+            raise bad("give one input: image (BYTES) or pixels (UINT8)")
         (tensor,) = call.inputs
         size = (tensor.parameters or {}).get("binary_data_size")
         if size is None:
             if len(inputs):
-                raise _bad(f"{len(inputs)} bytes follow the JSON, and no input says they are its")
+                raise bad(f"{len(inputs)} bytes follow the JSON, and no input says they are its")
             return oip.images_of(tensor, None, self._max_images)
         if type(size) is not int or size != len(inputs):
-            raise _bad(f"binary_data_size is {size}, and {len(inputs)} bytes follow the JSON")
+            raise bad(f"binary_data_size is {size}, and {len(inputs)} bytes follow the JSON")
         return oip.images_of(tensor, inputs, self._max_images)
 
 
@@ -164,11 +165,18 @@ async def infer(
     call: Call,
     images: Sequence[Any],
     gone: Callable[[], Awaitable[Any]] | None = None,
+    *,
+    listed: bool = False,
 ) -> list[Output]:
     """The outputs that a call asks for; REST and gRPC meet here.
 
+    Args:
+        model, scorer, call, images: who is asked, by which way, and what.
+        gone: as for `Scorer.judge`.
+        listed: a heatmap would go out as a list, in JSON.
+
     Raises:
-        Problem: what `oip.prepare` and `oip.outputs_of` refuse.
+        Problem: what `oip.prepare`, `oip.check_maps` and `oip.outputs_of` refuse.
         ImageError: one of the images is bad; its place is named.
     """
     wanted = None if not call.outputs else [output.name for output in call.outputs]
@@ -179,6 +187,8 @@ async def infer(
         if isinstance(image, Exception):
             raise type(image)(f"image {place}: {image}") if len(decoded) > 1 else image
         pixels.append(image)
+    if listed and asked.heatmap:
+        oip.check_maps(pixels)
     scored = await scorer.judge(model, pixels, asked, gone)
     return oip.outputs_of(model, scored, names)
 
@@ -193,12 +203,12 @@ def inflated(body: bytes, encoding: bytes, limit: int) -> bytes:
     try:
         content = unpacking.decompress(body, limit + 1)
     except zlib.error as error:
-        raise _bad(f"the body is no {encoding.decode()} data: {error}") from None
+        raise bad(f"the body is no {encoding.decode()} data: {error}") from None
     if len(content) > limit:
         detail = f"the body unpacks to more than {limit} bytes; send fewer images"
         raise Problem(413, "too_many_bytes", detail)
     if not unpacking.eof or unpacking.unused_data:
-        raise _bad(f"the body is no single, whole {encoding.decode()} stream")
+        raise bad(f"the body is no single, whole {encoding.decode()} stream")
     return content
 
 
@@ -209,7 +219,7 @@ def _parsed(scope: Scope, body: memoryview) -> tuple[Call, memoryview, bool]:
         return oip.parse_json(body), body[len(body) :], False
     if not length.isdigit() or len(length) > 12 or int(length) > len(body):
         shown = length[:40].decode("latin-1")
-        raise _bad(f"Inference-Header-Content-Length is {shown!r}, and the body {len(body)} bytes")
+        raise bad(f"Inference-Header-Content-Length is {shown!r}, and the body {len(body)} bytes")
     size = int(length)
     if size == 0:  # the body is the one image; no JSON says so
         wants_json = b"application/json" in (header(scope, b"accept") or b"")
@@ -308,7 +318,7 @@ async def index(control: Control, bodies: Bodies, request: Request) -> Response:
     asked = await _object(request, bodies)
     only_ready = asked.get("ready", False)
     if not isinstance(only_ready, bool):
-        raise _bad(f"ready must be true or false, not {str(only_ready)[:40]!r}")
+        raise bad(f"ready must be true or false, not {str(only_ready)[:40]!r}")
     rows = [row for row in control.index() if row["state"] == "READY" or not only_ready]
     return _json(rows)
 
@@ -317,10 +327,10 @@ async def change(control: Control, bodies: Bodies, request: Request, *, load: bo
     asked = await _object(request, bodies)
     parameters = asked.get("parameters", {})
     if not isinstance(parameters, dict):
-        raise _bad("parameters must be an object")
+        raise bad("parameters must be an object")
     named = parameters.get("version")
     if named is not None and not isinstance(named, str):
-        raise _bad(f"parameter version must be a text, not {str(named)[:40]!r}")
+        raise bad(f"parameter version must be a text, not {str(named)[:40]!r}")
     name = request.path_params["name"]
     await (control.load(name, named) if load else control.unload(name, named))
     return Response(status_code=200)
@@ -335,11 +345,7 @@ async def _object(request: Request, bodies: Bodies) -> Mapping[str, Any]:
         try:
             content = msgspec.json.decode(body) if body.strip() else {}
         except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError):
-            raise _bad("the body is not JSON") from None
+            raise bad("the body is not JSON") from None
     if not isinstance(content, dict):
-        raise _bad("the body must be a JSON object")
+        raise bad("the body must be a JSON object")
     return content
-
-
-def _bad(detail: str) -> Problem:
-    return Problem(400, "request", detail)

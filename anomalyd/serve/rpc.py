@@ -20,6 +20,7 @@ from anomalyd.serve.batcher import QueueFull
 from anomalyd.serve.control import Control
 from anomalyd.serve.logs import Identity, identified, log_request
 from anomalyd.serve.models import Model, Models
+from anomalyd.serve.oip import bad
 from anomalyd.serve.problems import Problem, told
 from anomalyd.serve.rest import infer
 from anomalyd.serve.scoring import Scorer
@@ -61,6 +62,7 @@ REASONS = {
 }
 LOOK_SECONDS = 0.02
 OPEN = ("ServerLive", "ServerReady")
+ADMINISTRATION = ("RepositoryModelLoad", "RepositoryModelUnload")
 FIELDS = {"BYTES": "bytes_contents", "UINT8": "uint_contents"}
 
 
@@ -94,6 +96,32 @@ class _FewStreams(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         return handler._replace(**{kind: bounded})
 
 
+class _Tokens(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+    """Refuses who may not ask before the message is there, which a call waits for without end.
+
+    Args:
+        access: who may do what.
+        refusing: from a method and why it is refused to what answers so.
+    """
+
+    def __init__(self, access: Access, refusing: Callable[[str, Problem], Any]) -> None:
+        self._access = access
+        self._refusing = refusing
+
+    async def intercept_service(self, continuation: Any, details: Any) -> Any:
+        handler = await continuation(details)
+        service, _, name = details.method.rpartition("/")
+        if handler is None or service != f"/{SERVICE}" or name in OPEN:
+            return handler
+        given = dict(_headers(details.invocation_metadata)).get(b"authorization")
+        try:
+            self._access.check(given, ADMIN if name in ADMINISTRATION else SCORE)
+        except Problem as problem:
+            # Of a stream of messages none is waited for.
+            return grpc.stream_unary_rpc_method_handler(self._refusing(name, problem))
+        return handler
+
+
 class Rpc:
     """A gRPC server beside the HTTP one.
 
@@ -120,11 +148,11 @@ class Rpc:
         self._scorer = scorer
         self._control = control
         self._settings = settings
-        self._access = access
         self._health = health.aio.HealthServicer()
         self._calls = 0  # under way
+        tokens = [] if access is None else [_Tokens(access, self._refusing)]
         self._server = grpc.aio.server(
-            interceptors=[_FewStreams()],
+            interceptors=[_FewStreams(), *tokens],
             options=[
                 ("grpc.max_receive_message_length", settings.max_body_bytes + MESSAGE_OVERHEAD),
                 ("grpc.max_send_message_length", -1),
@@ -231,24 +259,21 @@ class Rpc:
     def _guarded(
         self, name: str, answer: Callable[..., Awaitable[Any]]
     ) -> Callable[[Any, Any], Awaitable[Any]]:
-        """Around every call: who asks, under which id, and what becomes of an exception."""
-        scope = ADMIN if name in ("RepositoryModelLoad", "RepositoryModelUnload") else SCORE
+        """Around every call: under which id it goes, and what becomes of an exception."""
         metrics = self._models.metrics
         route = f"/{SERVICE}/{name}"
 
         async def guarded(request: Any, context: Any) -> Any:
             started = time.perf_counter()
-            headers = _headers(context.invocation_metadata() or ())
-            identity = Identity.of(headers)
+            identity = Identity.of(_headers(context.invocation_metadata() or ()))
             identified.set(identity)
+            context.set_trailing_metadata((("x-request-id", identity.request_id),))
             code = grpc.StatusCode.OK
             self._calls += 1
             try:
-                if self._calls > MOST_CALLS:
-                    raise QueueFull
-                if self._access is not None and name not in OPEN:
-                    given = dict(headers).get(b"authorization")
-                    self._access.check(given, scope)
+                if self._calls > MOST_CALLS and name not in OPEN:
+                    detail = f"{MOST_CALLS} calls are under way, and no more may be; come again"
+                    raise Problem(503, "queue_full", detail)
                 return await answer(request, context)
             except asyncio.CancelledError:
                 code = grpc.StatusCode.CANCELLED
@@ -256,7 +281,6 @@ class Rpc:
             except Exception as error:  # noqa: BLE001  # the last line of defence: answer and go on
                 problem = told(error, self._models.metrics)
                 code = _code(error, problem)
-                context.set_trailing_metadata((("x-request-id", identity.request_id),))
                 await context.abort(code, str(problem))
             finally:
                 self._calls -= 1
@@ -267,6 +291,12 @@ class Rpc:
                     log_request(route, code.name, seconds)
 
         return guarded
+
+    def _refusing(self, name: str, problem: Problem) -> Callable[[Any, Any], Awaitable[Any]]:
+        async def refuse(request: Any, context: Any) -> Any:
+            raise problem
+
+        return self._guarded(name, refuse)
 
     async def _live(self, request: Any, context: Any) -> Any:
         return pb.ServerLiveResponse(live=True)
@@ -351,7 +381,7 @@ class Rpc:
 def _call(request: Any) -> oip.Call:
     """The call in a message, its tensors' bytes apart."""
     if len(request.inputs) != 1:
-        raise _bad("give one input: image (BYTES) or pixels (UINT8)")
+        raise bad("give one input: image (BYTES) or pixels (UINT8)")
     (tensor,) = request.inputs
     return oip.Call(
         [oip.Tensor(tensor.name, list(tensor.shape[: oip.MOST_SIDES + 1]), tensor.datatype)],
@@ -365,7 +395,7 @@ def _images(request: Any, call: oip.Call, most: int) -> Sequence[Any]:
     (tensor,) = request.inputs
     if request.raw_input_contents:
         if len(request.raw_input_contents) != 1 or tensor.HasField("contents"):
-            raise _bad("give raw_input_contents for the one input, and then no contents")
+            raise bad("give raw_input_contents for the one input, and then no contents")
         raw = request.raw_input_contents[0]
     else:
         raw = _contents(tensor)
@@ -379,7 +409,7 @@ def _contents(tensor: Any) -> bytes:
         return b""  # the types that there are will be said
     given = [described.name for described, _ in tensor.contents.ListFields()]
     if given != [field]:
-        raise _bad(f"{tensor.datatype} comes in {field}, or better in raw_input_contents")
+        raise bad(f"{tensor.datatype} comes in {field}, or better in raw_input_contents")
     values = getattr(tensor.contents, field)
     oip.check_elements(len(values))
     return _framed(values) if tensor.datatype == "BYTES" else _bytes(values)
@@ -393,7 +423,7 @@ def _bytes(numbers: Sequence[int]) -> bytes:
     try:
         return bytes(numbers)
     except ValueError:
-        raise _bad("input pixels must hold numbers from 0 to 255") from None
+        raise bad("input pixels must hold numbers from 0 to 255") from None
 
 
 def _parameters(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -410,7 +440,7 @@ def _version(request: Any) -> str | None:
     if given is None:
         return None
     if given.WhichOneof("parameter_choice") != "string_param":
-        raise _bad("parameter version must be a text")
+        raise bad("parameter version must be a text")
     return str(given.string_param)
 
 
@@ -426,7 +456,3 @@ def _code(error: Exception, problem: Problem) -> Any:
         return grpc.StatusCode.RESOURCE_EXHAUSTED
     by_status = CODES.get(problem.status, grpc.StatusCode.INTERNAL)
     return REASONS.get(problem.reason or "", by_status)
-
-
-def _bad(detail: str) -> Problem:
-    return Problem(400, "request", detail)

@@ -33,6 +33,8 @@ __all__ = ["Asked", "Scorer"]
 
 T = TypeVar("T")
 
+# Who waits for longer is watched: whether he is still there, and whether his request has failed.
+PATIENCE = 0.05
 # A small image decodes in less time than it takes to reach another thread.
 INLINE_BYTES = 16 << 10
 INLINE_PIXELS = 128 * 128
@@ -120,24 +122,25 @@ class Scorer:
             gone: called where the answer takes a while; returns when the client has left.
 
         Raises:
-            QueueFull, Expired, BatchFailed: as the batcher says.
-            ClientGone: there is nobody to answer any more; what waited is dropped.
+            QueueFull, Expired, BatchFailed: as the batcher says; what waited is dropped.
+            ClientGone: there is nobody to answer any more; likewise.
         """
         if not pixels:
             return []
         batcher = model.batcher
         jobs = [Job(image, asked.alpha, asked.labelling, asked.heatmap) for image in pixels]
-        # Only a client that has to wait is worth watching: most are answered at once.
-        watched = batcher.backlogged
         futures = batcher.submit_all(jobs, asked.timeout)
+        # Only who has to wait is worth watching: most are answered at once.
+        watch = _Watch(futures, gone) if batcher.behind else None
         try:
-            if watched and gone is not None:
-                await _answered_or_gone(futures, gone)
             scored = [await future for future in futures]  # no callback each
         except BaseException:
             for future in futures:
                 batcher.drop(future)
             raise
+        finally:
+            if watch is not None:
+                watch.end()
         for image, (verdict, _, _) in zip(pixels, scored, strict=True):
             model.metrics.judged(verdict)
             if verdict.outlier and self._events is not None:
@@ -189,20 +192,36 @@ class Scorer:
         return decoded
 
 
-async def _answered_or_gone(
-    futures: Sequence[asyncio.Future[Scored]], gone: Callable[[], Awaitable[Any]]
-) -> None:
-    """Wait until all futures are done.
+class _Watch:
+    """Ends a request that takes a while once a part of it has failed, or nobody waits for it."""
 
-    Raises:
-        ClientGone: the client went first.
-    """
-    left = asyncio.ensure_future(gone())
-    answered = asyncio.ensure_future(asyncio.wait(futures))
-    try:
-        await asyncio.wait({left, answered}, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        left.cancel()
-        answered.cancel()
-    if not all(future.done() for future in futures):
-        raise ClientGone
+    def __init__(
+        self,
+        futures: Sequence[asyncio.Future[Scored]],
+        gone: Callable[[], Awaitable[Any]] | None,
+    ) -> None:
+        self._futures = futures
+        self._gone = gone
+        self._left: asyncio.Future[Any] | None = None
+        self._timer = asyncio.get_running_loop().call_later(PATIENCE, self._begin)
+
+    def end(self) -> None:
+        self._timer.cancel()
+        if self._left is not None:
+            self._left.cancel()
+
+    def _begin(self) -> None:
+        for future in self._futures:
+            future.add_done_callback(self._done)
+        if self._gone is not None:
+            self._left = asyncio.ensure_future(self._gone())
+            self._left.add_done_callback(lambda left: self._fail(ClientGone()))
+
+    def _done(self, future: asyncio.Future[Scored]) -> None:
+        if not future.cancelled() and (error := future.exception()) is not None:
+            self._fail(error)
+
+    def _fail(self, error: BaseException) -> None:
+        for future in self._futures:
+            if not future.done():
+                future.set_exception(error)

@@ -19,6 +19,7 @@ from collections.abc import Callable, Collection, Coroutine, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+import httptools
 import prometheus_client
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -154,8 +155,9 @@ def bind(host: str, port: int) -> socket.socket:
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         listener = socket.socket(family, kind, proto)
-    except OSError as error:
-        raise AnomalydError(f"--host {host}: {error.strerror}; name an address here") from error
+    except (OSError, UnicodeError) as error:  # the latter of what no name can look like
+        why = error.strerror if isinstance(error, OSError) else "no host name"
+        raise AnomalydError(f"--host {host}: {why}; name an address here") from error
     if sys.platform != "win32":
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -432,7 +434,12 @@ class _Server(uvicorn.Server):
 
 
 def _protocol(head_timeout: float) -> type[asyncio.Protocol]:
-    """uvicorn's HTTP/1.1, with a bound on the time and the bytes of a request's head."""
+    """uvicorn's HTTP/1.1, with a bound on the time and the bytes of a request's head.
+
+    Who asks for another protocol (`Upgrade: h2c`) is answered in this one, as RFC 9110, 7.8
+    allows. The parser would take his body for the next request; so another one is given his
+    head without that wish, and then what follows.
+    """
 
     class Protocol(HttpToolsProtocol):
         _head_timer: asyncio.TimerHandle | None = None
@@ -447,7 +454,14 @@ def _protocol(head_timeout: float) -> type[asyncio.Protocol]:
             super().connection_lost(exc)
 
         def data_received(self, data: bytes) -> None:
-            super().data_received(data)
+            self._unset_keepalive_if_required()
+            try:
+                self._feed(data)
+            except httptools.HttpParserError:
+                said = "Invalid HTTP request received."
+                self.logger.warning(said)
+                self.send_400_response(said)
+                return
             if self._head_timer is not None:
                 self._head_bytes += len(data)
                 if self._head_bytes > MOST_HEAD_BYTES:
@@ -459,7 +473,32 @@ def _protocol(head_timeout: float) -> type[asyncio.Protocol]:
 
         def on_headers_complete(self) -> None:
             self._head_done()
-            super().on_headers_complete()
+            if not self.parser.should_upgrade():
+                super().on_headers_complete()
+
+        def on_message_complete(self) -> None:
+            if not self.parser.should_upgrade():
+                super().on_message_complete()
+
+        def _feed(self, data: bytes) -> None:
+            while data:
+                try:
+                    self.parser.feed_data(data)
+                    return
+                except httptools.HttpParserUpgrade as upgrade:
+                    head = self._plain_head()
+                    self.parser = httptools.HttpRequestParser(self)
+                    self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+                    self.parser.feed_data(head)
+                    data = data[upgrade.args[0] :]
+
+        def _plain_head(self) -> bytes:
+            method, version = self.parser.get_method(), self.parser.get_http_version().encode()
+            if method == b"CONNECT":
+                raise httptools.HttpParserError("CONNECT is another protocol by itself")
+            lines = [b"%s %s HTTP/%s" % (method, self.url, version)]
+            lines += [b"%s: %s" % field for field in self.headers if field[0] != b"upgrade"]
+            return b"\r\n".join([*lines, b"", b""])
 
         def _expect_head(self) -> None:
             if self._head_timer is None:

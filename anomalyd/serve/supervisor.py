@@ -6,7 +6,8 @@
 A change of what is served is made ready in every worker before any of them takes it. A worker
 that ends, or answers nothing for half a minute and is ended, is started again, ever later; until
 it serves, nobody says "ready". It reads what is on disk, so the others take that, too, before it
-serves beside them. What it counted until the last scrape stays counted.
+serves beside them; where there are no others, it serves what is good of it. What it counted until
+the last scrape stays counted.
 """
 
 from __future__ import annotations
@@ -76,10 +77,12 @@ class Supervisor:
         self._listener = listener
         self._announce = announce
         self._workers: list[Worker] = []  # those that serve what the table says
+        self._coming: list[Worker] = []  # the one that everything is loaded into, where none does
         self._processes: set[asyncio.subprocess.Process] = set()
         self._table: dict[Key, Path] = {}
         self._staged: dict[Key, Path] = {}
         self._current: dict[str, str] = {}
+        self._first: str | None = None  # was served alone at the start
         self._leaving: list[str] = []
         self._past: list[merging.Family] = []
         self._loads = {"success": 0, "failure": 0}
@@ -106,6 +109,7 @@ class Supervisor:
                 await self._until_stopped(self._changing(self._repository.start))
                 if not self._stopping.is_set():
                     self._check_default()
+                    self._first = next(iter(self._current)) if len(self._current) == 1 else None
                     self._started = True
                     await self._tell_state()
                     self._announce(sorted(self._current))
@@ -149,7 +153,7 @@ class Supervisor:
         done.result()
 
     async def _load(self, key: Key, path: Path) -> None:
-        workers = list(self._workers)
+        workers = self._workers or self._coming
         if not workers:
             raise BundleError(f"bundle {path}: no worker is there to load it")
         results = await asyncio.gather(
@@ -180,6 +184,7 @@ class Supervisor:
             "state",
             started=self._started,
             healthy=len(self._workers) == self._settings.workers,
+            first=self._first,
             rows=self._repository.index(),
         )
 
@@ -193,24 +198,40 @@ class Supervisor:
     # The workers
 
     async def _keep(self) -> None:
-        """Start a worker, and again whenever it ends."""
+        """Start a worker, and again whenever it ends or could not be started."""
         ends = 0
         while not self._stopping.is_set():
             started = self._loop.time()
-            code = await self._one()
+            try:
+                end = f"ended with code {await self._one()}"
+            except (OSError, RuntimeError) as error:
+                # No descriptor, memory, process or thread is left; there may be one later.
+                end = f"cannot be started: {error}"
             if self._stopping.is_set():
+                return
+            if not self._started:
+                self._failure = AnomalydError(
+                    f"the workers cannot serve: one {end}; its own lines, or ulimit -a, say why"
+                )
+                self._stopping.set()
                 return
             ends = 0 if self._loop.time() - started > FORGIVEN else ends
             pause = BACK_OFF[min(ends, len(BACK_OFF) - 1)]
             ends += 1
-            logger.error("a worker ended with code %s; it is started again in %g s", code, pause)
+            logger.error("a worker %s; it is started again in %g s", end, pause)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), pause)
 
     async def _one(self) -> int:
+        """Start a worker and stay with it until it ends; its exit code.
+
+        Raises:
+            OSError, RuntimeError: it cannot be started for want of something.
+        """
         ours, theirs = socket.socketpair()
         worker = Worker(Link(self._handle))
-        with theirs:
+        with contextlib.ExitStack() as unless_started, theirs:
+            unless_started.callback(ours.close)
             environment = {name: v for name, v in os.environ.items() if name not in MINE}
             fds = (self._listener.fileno(), theirs.fileno())
             process = await asyncio.create_subprocess_exec(
@@ -223,6 +244,7 @@ class Supervisor:
                 env=environment,
                 start_new_session=True,  # a terminal's ^C is the supervisor's to pass on
             )
+            unless_started.pop_all()
         self._processes.add(process)
         if self._stopping.is_set():
             self._signal_all(signal.SIGTERM)
@@ -244,15 +266,8 @@ class Supervisor:
         if worker in self._workers:
             self._workers.remove(worker)
         self._past = merging.merged([self._past, merging.counted(worker.last)])
-        if self._stopping.is_set():
-            return code
-        if self._started:
+        if self._started and not self._stopping.is_set():
             await self._tell_state()
-        else:
-            self._failure = AnomalydError(
-                f"a worker ended with code {code} before it served; its own lines say why"
-            )
-            self._stopping.set()
         return code
 
     async def _begin(self, worker: Worker) -> None:
@@ -261,10 +276,7 @@ class Supervisor:
             await self._greet(worker)
             try:
                 async with self._changes:
-                    if self._started:
-                        await in_thread(self._repository.refresh)
-                    for key, path in self._table.items():
-                        await worker.link.ask("load", key=key, path=str(path))
+                    await self._load_all(worker)
                     if self._started:
                         await in_thread(self._repository.check_unchanged)
                         await worker.link.ask("publish", **self._published())
@@ -278,6 +290,20 @@ class Supervisor:
                 # The others serve what they loaded before.
                 logger.error("a worker cannot serve: %s", error)
                 await asyncio.sleep(RETRY_SECONDS)
+
+    async def _load_all(self, worker: Worker) -> None:
+        """Load what is on disk now into a worker, and what is new of it into the others."""
+        if self._started and not self._workers:
+            self._coming = [worker]
+            try:
+                await in_thread(self._repository.restart)
+            finally:
+                self._coming = []
+            return
+        if self._started:
+            await in_thread(self._repository.refresh)
+        for key, path in self._table.items():
+            await worker.link.ask("load", key=key, path=str(path))
 
     async def _greet(self, worker: Worker) -> None:
         """Wait for a worker's first answer; its start takes as long as it takes."""

@@ -103,6 +103,7 @@ class Remote:
                 models.publish(keys, given["current"], given["leaving"])
             case "state":
                 models.started, models.healthy = given["started"], given["healthy"]
+                models.first = given["first"]  # a worker that comes late has not seen the start
                 self._rows = given["rows"]
                 if models.started:
                     self._served.set()

@@ -91,6 +91,22 @@ def test_the_default_model(pair, tmp_path):
     chosen.models.close()
 
 
+def test_the_default_model_does_not_change(tmp_path):
+    """Once the one that was served alone at the start is gone, no other answers in its place."""
+    path = tiny_bundle(tmp_path, name="one")
+    daemon = serve(tmp_path)
+    tiny_bundle(tmp_path, name="two")
+    asyncio.run(daemon.control.refresh())
+    assert daemon.score(NORMAL).json()["model"] == "one"
+    path.rename(tmp_path / ".away")
+    asyncio.run(daemon.control.refresh())
+    check_problem(daemon.score(NORMAL), 400, "no_default_model")
+    (tmp_path / ".away").rename(path)
+    asyncio.run(daemon.control.refresh())
+    assert daemon.score(NORMAL).json()["model"] == "one"
+    daemon.models.close()
+
+
 def test_bad_sets_of_models_are_refused(tmp_path):
     """Two bundles of one name, an unknown default: a UsageError that names them."""
     first = tiny_bundle(tmp_path / "a")

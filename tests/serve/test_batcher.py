@@ -162,6 +162,35 @@ def test_the_next_batch_runs_while_one_is_judged():
     assert asyncio.run(scenario()) == [0, 1]
 
 
+def test_runs_wait_for_judging_that_is_slower():
+    """What has run and is not judged is bounded, so that the queue fills, and refuses."""
+    worker, judging = Worker(), threading.Event()
+
+    def judge(jobs, ran):
+        assert judging.wait(10)
+        return ran
+
+    async def scenario():
+        batcher = batcher_of(worker, judge=judge, max_batch=1, capacity=3)
+        futures = []
+        for job in range(2):
+            futures.append(batcher.submit(job))
+            await busy(batcher)
+        while batcher._running:
+            await asyncio.sleep(0.001)
+        futures += batcher.submit_all([2, 3, 4])
+        await asyncio.sleep(0.05)  # time in which others could run
+        with pytest.raises(QueueFull):
+            batcher.admit(1)
+        assert worker.batches == [[0], [1]]
+        judging.set()
+        await asyncio.gather(*futures)
+        batcher.close()
+
+    asyncio.run(scenario())
+    assert worker.batches == [[0], [1], [2], [3], [4]]
+
+
 def test_a_full_batch_runs_beside_another():
     """As soon as it is full, and no third one; what does not fill a batch waits for its turn."""
     worker = Gate(runs=2)
@@ -305,6 +334,31 @@ def test_work_past_its_deadline_is_not_run():
 
     asyncio.run(scenario())
     assert worker.batches == [["first"]]
+
+
+def test_who_waits_behind_other_work_is_told_when_his_time_is_over():
+    """However long the present run still takes; each by his own deadline, and its room is free."""
+    worker = Gate()
+
+    async def scenario():
+        batcher = batcher_of(worker, max_batch=1, timeout=60.0, most_bytes=9, size=len)
+        first = batcher.submit("first")
+        await busy(batcher)
+        patient, late, later = (
+            batcher.submit(job, timeout)
+            for job, timeout in (("abc", None), ("def", 0.02), ("ghi", 0.04))
+        )
+        for hasty in (late, later):
+            with pytest.raises(Expired):
+                await hasty
+        assert batcher.depth == 1
+        last = batcher.submit("jklmno")
+        worker.open.set()
+        await asyncio.gather(first, patient, last)
+        batcher.close()
+
+    asyncio.run(scenario())
+    assert worker.batches == [["first"], ["abc"], ["jklmno"]]
 
 
 def test_a_lone_job_waits_for_company():

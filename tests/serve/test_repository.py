@@ -190,6 +190,25 @@ def test_a_mount_that_is_away_changes_nothing(tmp_path, caplog):
     assert "the models stay as they are" in caplog.text
 
 
+def test_a_restart_serves_what_is_good(tmp_path):
+    """Nobody is left who could serve a bundle that was changed for the worse: it is left out."""
+    good, bad = (tiny_bundle(tmp_path, name=name) for name in ("good", "bad"))
+    made, fleet = repository(tmp_path)
+    rewrite_manifest(good, licence="another")
+    rewrite_manifest(bad, licence="another")
+    fleet.bad.add(Key("bad", "1"))
+    made.restart()
+    assert fleet.current == {"good": "1"}
+    assert states(made) == {("good", "1"): "READY", ("bad", "1"): "UNAVAILABLE"}
+    made.check_unchanged()
+    fleet.bad.add(Key("good", "1"))
+    with pytest.raises(BundleError, match="golden"):  # whoever restarts tries again
+        made.restart()
+    fleet.bad.clear()
+    made.restart()
+    assert fleet.current == {"good": "1", "bad": "1"}
+
+
 def test_readiness_goes_first_when_a_model_leaves(tmp_path):
     """It is published as leaving before it is published as gone."""
     versions(tmp_path, "1")

@@ -285,6 +285,60 @@ def test_tokens(asked, tmp_path):
     asked(scenario, access=Access(file))
 
 
+def test_who_may_not_ask_is_refused_before_he_sends_anything(asked, tmp_path):
+    """A message that never comes would hold its call, and with it one of few, without end."""
+    file = tmp_path / "tokens"
+    file.write_text(f"camera score {hashlib.sha256(b'secret').hexdigest()}")
+
+    async def never():
+        await asyncio.Event().wait()
+        yield b""
+
+    async def scenario(call, channel, models):
+        for name, metadata, code in (
+            ("ModelInfer", (), grpc.StatusCode.UNAUTHENTICATED),
+            (
+                "RepositoryModelLoad",
+                (("authorization", "Bearer secret"),),
+                grpc.StatusCode.PERMISSION_DENIED,
+            ),
+        ):
+            ask = channel.stream_unary(f"/{SERVICE}/{name}")
+            await refused(ask(never(), metadata=metadata, timeout=20), code)
+
+    asked(scenario, access=Access(file))
+
+
+def test_the_request_id_is_sent_back(asked):
+    """In the trailing metadata, whatever becomes of the call."""
+
+    async def scenario(call, channel, models):
+        for model, code in (("tiny", grpc.StatusCode.OK), ("none", grpc.StatusCode.NOT_FOUND)):
+            request = pb.ModelReadyRequest(name=model)
+            asked_for = call("ModelReady", request, metadata=(("x-request-id", "mine"),))
+            assert await asked_for.code() == code
+            assert dict(await asked_for.trailing_metadata())["x-request-id"] == "mine"
+
+    asked(scenario)
+
+
+def test_probes_are_answered_where_no_more_calls_are(asked, monkeypatch):
+    """A daemon that is busy is alive; who is refused is told why."""
+    monkeypatch.setattr(rpc, "MOST_CALLS", 0)
+
+    async def scenario(call, channel, models):
+        assert (await call("ServerLive", pb.ServerLiveRequest())).live
+        assert (await call("ServerReady", pb.ServerReadyRequest())).ready
+        for name, request in (
+            ("ModelReady", pb.ModelReadyRequest(name="tiny")),
+            ("ModelInfer", pixels(FOUR)),
+        ):
+            said = await refused(call(name, request), grpc.StatusCode.RESOURCE_EXHAUSTED)
+            assert "calls are under way" in said
+
+    asked(scenario)
+
+
 def test_messages_are_bounded_like_bodies(asked):
     """More than gRPC's usual 4 MiB is taken, more than a body may have is not."""
 

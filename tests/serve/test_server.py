@@ -119,6 +119,26 @@ def test_a_request_under_way_is_finished(bundle, fixture_data):
         assert daemon.popen.wait(20) == 0
 
 
+@pytest.mark.parametrize("path", ["/v1/score", "/nothing"])
+def test_who_is_asked_to_stop_twice_answers_at_once(bundle, path):
+    """A request under way is refused in order, be it in the middle of its body."""
+    with running(bundle) as daemon:
+        slow = daemon.connect()
+        slow.putrequest("POST", path)
+        slow.putheader("Content-Length", "9")
+        slow.endheaders(b"abc")
+        assert daemon.ask("GET", "/livez")[0] == 200
+        daemon.popen.send_signal(signal.SIGTERM)
+        until(daemon, lambda: not answers(daemon))
+        daemon.popen.send_signal(signal.SIGTERM)
+        with contextlib.closing(slow):
+            response = slow.getresponse()
+            assert response.status == (503 if path == "/v1/score" else 404)
+            assert response.getheader("connection") == "close"
+        assert daemon.popen.wait(20) == 0
+        assert "Traceback" not in daemon.popen.stderr.read()
+
+
 def test_sighup_reads_bundles_again(tmp_path, fixture_data):
     """A new version is served without a restart, and the old one until then."""
     image = (fixture_data / "images" / "boot.png").read_bytes()
@@ -397,6 +417,51 @@ def test_slow_clients_are_cut_off(bundle):
             assert mute.recv(1000) == b""
 
 
+def test_a_wish_for_another_protocol_is_ignored(bundle, fixture_data):
+    """Its request is served as it is, and its body is no request of its own."""
+    image = (fixture_data / "images" / "boot.png").read_bytes()
+    wish = {"Connection": "Upgrade, HTTP2-Settings", "Upgrade": "h2c", "HTTP2-Settings": "AAMA"}
+    within = b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n"
+    with running(bundle) as daemon:
+        for headers in (wish, wish | {"Connection": "Upgrade, close"}):
+            with contextlib.closing(daemon.connect()) as client:
+                for body, status in ((within, 415), (image, 200)):
+                    client.request("POST", "/v1/score", body, headers)
+                    response = client.getresponse()
+                    assert (response.status, bool(response.read())) == (status, True)
+        with contextlib.closing(daemon.connect()) as client:
+            client.request("CONNECT", "/v1/score", within)  # is such a wish and nothing else
+            response = client.getresponse()
+            assert (response.status, response.getheader("connection")) == (400, "close")
+        code, said = daemon.stop()
+        assert code == 0
+        assert "pgrade" not in said
+
+
+def test_a_body_that_nobody_reads_is_bounded(bundle):
+    """A refusal waits for a small body to end and keeps the connection; any other ends it."""
+    head = b"POST /nothing HTTP/1.1\r\nHost: x\r\n"
+    with running(bundle, body_timeout=0.5, max_body_bytes=100_000) as daemon:
+        with contextlib.closing(daemon.connect()) as client:
+            client.connect()
+            connection = client.sock
+            for size in (9, 50_000):
+                client.request("POST", "/nothing", b"x" * size)
+                response = client.getresponse()
+                assert (response.status, bool(response.read())) == (404, True)
+                assert client.sock is connection
+        address = ("127.0.0.1", daemon.port)
+        with socket.create_connection(address, timeout=10) as client:
+            client.sendall(head + b"Content-Length: 9\r\n\r\nabc")
+            said = b"".join(iter(lambda: client.recv(1000), b""))
+            assert said.startswith(b"HTTP/1.1 404 ")
+            assert said.lower().count(b"connection: close") == 1
+        with socket.create_connection(address, timeout=10) as client:
+            start = head + b"Transfer-Encoding: chunked\r\n\r\n"
+            assert is_cut_off(client, start, b"3e8\r\n" + b"x" * 1000 + b"\r\n")
+        assert daemon.stop() == (0, "")
+
+
 def test_an_endless_head_is_cut_off(bundle):
     """Header bytes are bounded."""
     with running(bundle) as daemon:
@@ -449,10 +514,11 @@ def test_a_port_in_use_is_one_line():
             server.bind("127.0.0.1", port)
 
 
-def test_a_host_that_does_not_exist_is_one_line():
-    """A name that does not resolve is named."""
-    with pytest.raises(AnomalydError, match=r"--host no\.such\.host\.invalid: "):
-        server.bind("no.such.host.invalid", 0)
+@pytest.mark.parametrize("host", ["no.such.host.invalid", "a..b", "a" * 64])
+def test_a_host_that_does_not_exist_is_one_line(host):
+    """A name that does not resolve, or cannot be one, is named."""
+    with pytest.raises(AnomalydError, match=rf"--host {re.escape(host)}: .*; name an address"):
+        server.bind(host, 0)
 
 
 def test_no_bundle_is_one_line(tmp_path):

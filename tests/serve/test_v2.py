@@ -557,6 +557,23 @@ def test_lists_without_end_are_refused_unread(daemon, data):
     assert "binary data" in said
 
 
+def test_a_heatmap_too_large_for_json_is_refused_unscored(bundle, monkeypatch):
+    """Writing numbers in JSON holds up everybody else, too; as binary data the map is given."""
+    monkeypatch.setattr(oip, "MOST_ELEMENTS", 3 * SIDE * SIDE)
+    daemon = fake_daemon(bundle)
+    before = daemon.session.ran
+    four, three = (image(*map(encoded, FOUR[:n])) for n in (4, 3))
+    for asked in ({"parameters": {"heatmap": True}}, {"outputs": [{"name": "heatmap"}]}):
+        assert "binary_data" in refused(ask(daemon, four, **asked), 413)
+    assert daemon.session.ran == before
+    assert len(outputs(ask(daemon, three, outputs=[{"name": "heatmap"}]))["heatmap"])
+    binary = {"name": "heatmap", "parameters": {"binary_data": True}}
+    found = binary_outputs(ask(daemon, four, outputs=[binary]))
+    assert len(found["heatmap"]) == 4 * 4 * SIDE * SIDE
+    assert outputs(ask(daemon, four))
+    daemon.models.close()
+
+
 def test_strings_without_end_are_not_counted_to_the_end():
     """Of a tensor that holds more strings than it says, one more is read."""
     empty = struct.pack("<I", 0)

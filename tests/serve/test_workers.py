@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
 import socket
@@ -233,6 +234,83 @@ def test_a_worker_that_comes_back_serves_what_the_others_do(tmp_path):
         answers = [daemon.ask("POST", "/v1/score", NORMAL)[1] for _ in range(12)]
         assert not any(b'"alpha":0.3' in answer for answer in answers)
         assert daemon.stop()[0] == 0
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux' /proc")
+def test_when_all_workers_end_the_next_serve_what_is_on_disk(tmp_path):
+    """What was changed for the better is taken, and what was changed for the worse left out."""
+    good, bad = (tiny_bundle(tmp_path, name=name) for name in ("good", "bad"))
+    with running(tmp_path, workers=2) as daemon:
+        rewrite_manifest(good, default_alpha=0.3)
+        (bad / "model.onnx").write_bytes(b"x")
+        ended = children(daemon.popen.pid)
+        for pid in ended:
+            os.kill(pid, signal.SIGKILL)
+        until(daemon, lambda: not set(ended) & set(children(daemon.popen.pid)))
+        until(daemon, lambda: is_ready(daemon))
+        answers = [daemon.ask("POST", "/v1/models/good/score", NORMAL)[1] for _ in range(12)]
+        assert all(b'"alpha":0.3' in answer for answer in answers)
+        assert b"model.onnx has 1 bytes" in daemon.ask("POST", "/v2/repository/index")[1]
+        assert daemon.stop()[0] == 0
+
+
+def is_ready(daemon):
+    """Also of a daemon that lets nobody in yet."""
+    try:
+        return daemon.ask("GET", "/readyz")[0] == 200
+    except (ConnectionError, TimeoutError):
+        return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux' /proc")
+def test_all_workers_have_the_same_default_model(tmp_path):
+    """The one that was served alone at the start, also in a worker that comes after the second."""
+    tiny_bundle(tmp_path)
+    with running(tmp_path, workers=2) as daemon:
+        tiny_bundle(tmp_path, name="second")
+        daemon.popen.send_signal(signal.SIGHUP)
+        until(daemon, lambda: daemon.ask("GET", "/v2/models/second/ready")[0] == 200)
+        os.kill(children(daemon.popen.pid)[0], signal.SIGKILL)
+        until(daemon, lambda: daemon.ask("GET", "/readyz")[0] == 503)
+        until(daemon, lambda: daemon.ask("GET", "/readyz")[0] == 200)
+        answers = [daemon.ask("GET", "/v1/models")[1] for _ in range(20)]
+        assert all(b'"default":"tiny"' in answer for answer in answers)
+        assert daemon.stop()[0] == 0
+
+
+def test_a_worker_that_cannot_be_started_is_tried_again(tmp_path, monkeypatch, caplog):
+    """Where the system has no descriptor or process left for it, there may be one later."""
+    refusals = [OSError(errno.EMFILE, "Too many open files"), BlockingIOError("no more processes")]
+    sockets = []
+
+    def noted():
+        pair = socketpair()
+        sockets.extend(pair)
+        return pair
+
+    async def start(*command, **options):
+        if refusals:
+            raise refusals.pop()
+        owner._stopping.set()
+        raise OSError("the end of the test")
+
+    async def kept():
+        nonlocal owner
+        settings = ServeSettings(bundles=(str(tmp_path),), workers=2)
+        with socket.socket() as listener:
+            owner = supervisor.Supervisor(settings, listener, announce=print)
+            owner._started = True
+            await owner._keep()
+
+    owner, socketpair = None, socket.socketpair
+    monkeypatch.setattr(socket, "socketpair", noted)
+    monkeypatch.setattr(supervisor, "BACK_OFF", (0.0,))
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", start)
+    asyncio.run(kept())
+    assert len(sockets) >= 2 * 3
+    assert all(each.fileno() == -1 for each in sockets)
+    assert "a worker cannot be started: no more processes" in caplog.text
+    assert "a worker cannot be started: [Errno 24] Too many open files" in caplog.text
 
 
 HUNG = """
