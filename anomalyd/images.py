@@ -133,7 +133,7 @@ class ImageSpec:
     Attributes:
         height, width: pixels; of one tile where on_mismatch is "tile".
         channels: 1 (grey) or 3 (RGB).
-        levels: values a pixel can take in the model, 256 or 2; `to_pixels` always gives 0..255,
+        levels: values a pixel can take in the model, 2 to 256; `to_pixels` always gives 0..255,
             binary models threshold in their graph.
         resize: the filter for scaling down, "area" (mean over the box) or "lanczos".
         on_mismatch: "refuse" scales down what has the same aspect ratio, to within one pixel,

@@ -167,6 +167,8 @@ def write(
     licence: str | None,
     out: Path,
     folder: Path,
+    exclude: str | None = None,
+    priors: Mapping[str, float] | None = None,
     init: str | None = None,
     history: str | None = None,
 ) -> None:
@@ -179,6 +181,8 @@ def write(
         licence: of the weights; None where nobody said.
         out: the bundle's folder.
         folder: the run's folder.
+        exclude: the --exclude argument, and
+        priors: what --prior said, for the card.
         init: the bundle that the weights started from.
         history: of weights that were not trained here, the card's section on it.
 
@@ -204,6 +208,8 @@ def write(
         model=trained.recipe.model,
         data=data,
         group=group,
+        exclude=exclude,
+        priors=dict(priors or {}),
         labels=bool(trained.classes),
         out=str(out),
         counts={name: len(getattr(splits, name)) for name in SPLITS},

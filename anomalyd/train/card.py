@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from anomalyd.detect.card import SCORES, STRANGEST, VERDICT, histogram, promise
@@ -41,6 +42,8 @@ class Training:
         model: name of the density.
         data: the DATA argument.
         group: the --group argument.
+        exclude: the --exclude argument.
+        priors: what --prior said.
         labels: whether the classes were given.
         out: the bundle's folder, as it was named.
         counts: images by split.
@@ -62,6 +65,8 @@ class Training:
     model: str
     data: str
     group: str | None
+    exclude: str | None
+    priors: dict[str, float]
     labels: bool
     out: str
     counts: dict[str, int]
@@ -85,22 +90,27 @@ def history_of(card: str) -> str:
     return card[card.index(HISTORY) :]
 
 
-def made_from(card: str) -> tuple[str, str | None]:
-    """Return the DATA and the --group of the command that a card ends with.
+def made_from(card: str) -> tuple[str, str | None, str | None]:
+    """Return the DATA, the --group and the --exclude of the command that a card ends with.
 
     Raises:
         BundleError: it ends with none.
     """
     found = re.search(r"^    anomalyd train (.*)$", card, re.MULTILINE)
-    if found is None:
-        raise BundleError("CARD.md: no command that says which data the bundle was trained on")
-    data, *options = shlex.split(found[1])
-    return data, options[options.index("--group") + 1] if "--group" in options else None
+    try:
+        data, *options = shlex.split(found[1] if found else "")
+    except ValueError:  # nothing, or a quote that never ends
+        raise BundleError(
+            "CARD.md: no command that says which data the bundle was trained on"
+        ) from None
+    said = dict(pairwise(options))
+    return data, said.get("--group"), said.get("--exclude")
 
 
 def composed(classifier: Path, density: Path, cards: list[str]) -> str:
     """Return the section on how a composed bundle came about, from the cards of its parts."""
     minutes = sum(map(minutes_of, cards))
+    parts = shlex.join(map(str, (classifier, density)))
     return f"""{HISTORY}
 
 | | |
@@ -113,7 +123,7 @@ log p(x|y) = log p(y|x) + log p(x) - log p(y), p(y) the share of y among the tra
 accuracy is the classifier's: what is new is p(x|y), and the rejection of what fits no class. \
 One command makes it again:
 
-    anomalyd compose {classifier} {density} --out again
+    anomalyd compose {parts} --out again
 """
 
 
@@ -291,14 +301,19 @@ def _history(manifest: Manifest, training: Training) -> str:
     options = " --labels" if training.labels else ""
     if training.group:
         options += f" --group {shlex.quote(training.group)}"
+    if training.exclude:
+        options += f" --exclude {shlex.quote(training.exclude)}"
+    for name, share in training.priors.items():
+        options += f" --prior {shlex.quote(f'{name}={share}')}"
     before, holds = "", "every setting. One command trains it again"
     if training.init:
-        options += f" --init {training.init}"
+        options += f" --init {shlex.quote(training.init)}"
         before = f" after {training.minutes_before:.1f} of the weights it started from"
         holds = (
             "the settings of this last part, not of the weights that it started from. One command "
             f"trains this part again, from the weights that `{training.init}` has now"
         )
+    recipe = shlex.quote(f"{training.out}/recipe.toml")
     alone = " of the companions together; the density was frozen" if training.companions else ""
     return f"""{HISTORY}
 
@@ -313,5 +328,5 @@ def _history(manifest: Manifest, training: Training) -> str:
 
 `recipe.toml` holds {holds}:
 
-    anomalyd train {training.data}{options} --recipe {training.out}/recipe.toml --out again
+    anomalyd train {shlex.quote(training.data)}{options} --recipe {recipe} --out again
 """

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import shlex
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -161,10 +162,26 @@ def train(
     spec = _image_spec(source, chosen.image | {k: v for k, v in size.items() if v is not None})
     chosen = dataclasses.replace(chosen, image=dataclasses.asdict(spec))
     # A wrong option is told before images are read; two classes stand for those to be found.
-    _check_tiles(assemble(chosen, spec, 2 if labels else 0), spec)
+    like = assemble(chosen, spec, 2 if labels else 0)
+    _check_tiles(like, spec)
+    if priors and like.kind == "classifier":
+        raise UsageError(
+            "--prior: a classifier learns p(y) from its images and heeds no other; leave it out, "
+            "and give it to `anomalyd score` once a density is joined to it"
+        )
     start = str(init) if init else None
+    left_out = str(exclude) if exclude else None
     job = _Job(
-        data, chosen.to_toml(), labels, minutes, start, licence, group, dict(priors or {}), asked
+        data,
+        chosen.to_toml(),
+        labels,
+        minutes,
+        start,
+        licence,
+        group,
+        left_out,
+        dict(priors or {}),
+        asked,
     )
     claim(folder)
     with counting("decoding", len(source)) as advance:
@@ -193,6 +210,7 @@ class _Job:
     init: str | None = None
     licence: str | None = None
     group: str | None = None
+    exclude: str | None = None
     priors: dict[str, float] = dataclasses.field(default_factory=dict)
     asked: dict[str, Any] = dataclasses.field(default_factory=dict)
     """The options as given; those of a run that an earlier version began are not known."""
@@ -292,6 +310,11 @@ def _check_tiles(model: Model, spec: ImageSpec) -> None:
     """Refuse a density that cannot score photographs, before it is trained."""
     shape = (1, spec.height, spec.width, spec.channels)
     if spec.tiled and model.kind == "density":
+        if model.classes:
+            raise UsageError(
+                "--on-mismatch tile: photographs are scored by their texture, which knows no "
+                "classes; leave --labels out, or train a density of each with --per-folder"
+            )
         with torch.no_grad():
             outputs = outputs_of(model(torch.zeros(shape, dtype=torch.uint8)))
         if "excess_map" not in outputs:
@@ -384,7 +407,8 @@ def _run(job: _Job, out: Path, folder: Path, workers: Workers, *, device: str) -
                 workers=workers,
             )
     except KeyboardInterrupt:
-        say(f"stopped at a checkpoint; go on with: anomalyd train {job.data} --out {out} --resume")
+        same = f"{shlex.quote(job.data)} --out {shlex.quote(str(out))}"
+        say(f"stopped at a checkpoint; go on with: anomalyd train {same} --resume")
         raise
     except RuntimeError as error:
         if not out_of_memory(error):
@@ -400,6 +424,8 @@ def _run(job: _Job, out: Path, folder: Path, workers: Workers, *, device: str) -
         trained,
         data=job.data,
         group=job.group,
+        exclude=job.exclude,
+        priors=job.priors,
         licence=job.licence,
         out=out,
         folder=folder,

@@ -45,19 +45,26 @@ def compose(
         raise UsageError(f"--out {out} exists; choose another name or remove it first")
     parts = [read_bundle(classifier), read_bundle(density)]
     cards = [part.read("CARD.md").decode() for part in parts]
-    given, group = _checked(parts, cards)
+    given, group, exclude = _checked(parts, cards)
     data = data or given
+    listing = Path(exclude) if exclude else None
+    if listing and not listing.is_file():
+        raise UsageError(
+            f"{density} was trained with --exclude {exclude}, and there is no such file here; put "
+            "it back"
+        )
     spec, seed = parts[1].manifest.image, recipe_of(density).train.seed
     source = open_source(data, split="train", labels=True, group=group)
     folder = out.with_name(f"{out.name}.run")
     claim(folder)
     with counting("decoding", len(source)) as advance:
-        gather(source, spec, folder, exclude=excluded(None), advance=advance)
+        gather(source, spec, folder, exclude=excluded(listing), advance=advance)
     images = reopen(folder)
     if images.digest != parts[1].manifest.data_digest:
+        without = f" without those that {exclude} names" if exclude else ""
         raise UsageError(
-            f"--data {data}: not the images that {density} was trained on, which its splits are "
-            "made from; give those"
+            f"--data {data}{without}: not the images that {density} was trained on, which its "
+            "splits are made from; give those"
         )
     classes, labels = classes_of(images)
     theirs = parts[0].manifest.classes or []
@@ -66,15 +73,21 @@ def compose(
             f"--data {data}: its classes are {', '.join(classes)}, and those of {classifier} "
             f"{', '.join(theirs)}"
         )
-    recipe = dataclasses.replace(recipe_of(density), classifier=recipe_of(classifier).density)
-    priors = parts[0].manifest.priors or class_shares(labels, len(classes))
+    recipe = recipe_of(density)
+    recipe = dataclasses.replace(
+        recipe,
+        classifier=recipe_of(classifier).density,
+        # Where there are classes the score reads the codes, whatever the density's own does.
+        train=dataclasses.replace(recipe.train, codes=True),
+    )
+    splits = split(images.hashes, images.groups, seed=seed)
+    priors = class_shares(labels[splits.train], len(classes))
     model = assemble(recipe, spec, len(classes), priors)
     weights = {"log_prior": model.state_dict()["log_prior"]}
     for name, part in zip(("classifier", "density"), parts, strict=True):
         found = unpack_weights(part.read("weights.safetensors"), str(part.path))
         weights |= {f"{name}.{key}": value for key, value in found.items()}
     model.load_state_dict(weights)
-    splits = split(images.hashes, images.groups, seed=seed)
     untrained = Outcome(0, 0, 1, 0, 0.0, math.nan, stopped_early=False, machine="")
     write(
         Trained(model.eval(), recipe, spec, images, splits, classes, labels, priors, untrained),
@@ -88,8 +101,8 @@ def compose(
     return 0
 
 
-def _checked(parts: list[Bundle], cards: list[str]) -> tuple[str, str | None]:
-    """See that parts go together; return the DATA and the --group that both have."""
+def _checked(parts: list[Bundle], cards: list[str]) -> tuple[str, str | None, str | None]:
+    """See that parts go together; return DATA, and the --group and --exclude that both have."""
     names = [str(part.path) for part in parts]
     theirs, ours = (part.manifest for part in parts)
     for name, manifest, kind in zip(names, (theirs, ours), ("classifier", "density"), strict=True):
@@ -100,10 +113,16 @@ def _checked(parts: list[Bundle], cards: list[str]) -> tuple[str, str | None]:
             f"{names[1]} has classes of its own ({', '.join(ours.classes)}) and labels without a "
             "classifier; give a density that was trained without --labels"
         )
+    if ours.image.tiled:
+        raise UsageError(
+            f"{names[1]} scores photographs by their texture, which knows no classes; give a "
+            "density that was trained without --on-mismatch tile"
+        )
     seeds = [recipe_of(part.path).train.seed for part in parts]
     made = [card.made_from(text) for text in cards]
     for what, one, other in (
         ("images", theirs.image, ours.image),
+        ("--exclude", made[0][2], made[1][2]),
         ("training data", theirs.data_digest, ours.data_digest),
         ("--seed", *seeds),
         ("--group", made[0][1], made[1][1]),

@@ -6,6 +6,7 @@ lie at their own sizes one after the other in photographs.bin.
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
 import math
@@ -25,6 +26,7 @@ from anomalyd.detect.pipeline import item_name
 from anomalyd.detect.tiling import shrunk
 from anomalyd.errors import ImageError, TrainingError, UsageError
 from anomalyd.images import ImageSpec, content_hash, to_pixels
+from anomalyd.train.progress import say
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -175,19 +177,28 @@ class TrainingData:
         return hashlib.sha256(self.hashes.astype("<u8").tobytes()).hexdigest()
 
 
-def excluded(path: Path | None) -> frozenset[str]:
+def excluded(path: Path | None) -> list[set[str]]:
     """Read an `--exclude` file: one name a line; the first column of a CSV counts.
+
+    Returns:
+        of each line what it may name: the whole of it, for a name may have commas, or its first
+        field. The header of a strangest.csv names nothing.
 
     Raises:
         UsageError: the file cannot be read.
     """
     if path is None:
-        return frozenset()
+        return []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        fields = [next(csv.reader([line]))[0] for line in lines]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UsageError(f"--exclude {path} cannot be read: {error}") from error
-    return frozenset(line.split(",")[0].strip() for line in lines if line.strip())
+    return [
+        {line.strip(), field.strip()}
+        for line, field in zip(lines, fields, strict=True)
+        if not line.startswith("image,p_value")
+    ]
 
 
 def gather(
@@ -195,7 +206,7 @@ def gather(
     spec: ImageSpec,
     folder: Path,
     *,
-    exclude: frozenset[str] = frozenset(),
+    exclude: Sequence[set[str]] = (),
     advance: Callable[[int], None] = lambda _: None,
 ) -> TrainingData:
     """Decode `source` into one file in `folder`, image by image, reading nothing twice.
@@ -204,7 +215,7 @@ def gather(
         source: images in order.
         spec: the shape and size policy that the bundle will have.
         folder: an existing folder for the array.
-        exclude: names to leave out.
+        exclude: images to leave out, each by the names that it may have.
         advance: called with the number of images done, for a progress bar.
 
     Raises:
@@ -218,9 +229,18 @@ def gather(
     labels: list[str | None] = []
     unreadable: list[str] = []
     shapes: list[tuple[int, ...]] = []
-    kept = (item for item in source if item_name(item) not in exclude)
+    listed: set[str] = set().union(*exclude)
+    found: set[str] = set()
+
+    def kept() -> Iterator[Item]:
+        for item in source:
+            if (name := item_name(item)) in listed:
+                found.add(name)
+            else:
+                yield item
+
     with _keeping(folder, spec, len(source)) as keep:
-        for item, pixels in _decoded(kept, spec):
+        for item, pixels in _decoded(kept(), spec):
             name = item_name(item)
             if isinstance(pixels, ImageError):
                 unreadable.append(f"{name}: {pixels}")
@@ -232,6 +252,9 @@ def gather(
                 labels.append(item.label)
                 shapes.append(pixels.shape)
             advance(1)
+    missed = sum(found.isdisjoint(names) for names in exclude)
+    if missed:
+        say(f"--exclude: {missed:,} of {len(exclude):,} names are of no image of {source.name}")
     if not names:
         raise TrainingError(
             f"no image of {source.name} could be used; the first says: {unreadable[0]}"

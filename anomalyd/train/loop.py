@@ -140,7 +140,7 @@ def fit(
         run.budget = run.steps_for(minutes)
     workers.seed(settings.seed, run.step)
     try:
-        if not run.budget:  # no training: the weights it starts with, a bundle made anew
+        if run.due:  # interrupted before it; or no training, a bundle made anew
             run.validate()
         while run.step < run.budget and not run.stopped:
             with _whole():
@@ -152,7 +152,7 @@ def fit(
                     loss=loss,
                     images_per_second=run.images_per_second,
                 )
-            if run.step % run.every == 0 or run.step == run.budget:
+            if run.due:
                 run.validate()
             if run.stopwatch.since_mark() >= settings.checkpoint_seconds:
                 run.save()
@@ -240,7 +240,10 @@ class _Run:
         self.pixels, self.labels = pixels, labels
         self.settings, self.device = settings, device
         self.rows = per_tile(pixels, splits.train)
-        self.validation = per_tile(pixels, splits.validation)[:VALIDATION_IMAGES]
+        validation = per_tile(pixels, splits.validation)
+        count = min(len(validation), VALIDATION_IMAGES)
+        # Evenly spaced, for data may lie sorted by class.
+        self.validation = validation[np.arange(count) * len(validation) // count]
         self.checkpoint, self.history = folder / "checkpoint.safetensors", folder / "history.csv"
         self.average = _averaged(model, settings.ema)
         self.best = AveragedModel(model).module
@@ -254,6 +257,7 @@ class _Run:
             torch._dynamo.config.suppress_errors = True
             self.loss = torch.compile(model.loss, dynamic=False)
         self.step = self.budget = self.bad = 0
+        self.validated = -1  # the step of the last validation
         self.best_loss = self.bar = math.inf
         self.images_per_second = 0.0
         self.epoch_order = (-1, self.rows)
@@ -263,6 +267,12 @@ class _Run:
     @property
     def every(self) -> int:
         return max(1, self.budget // self.settings.evaluations)
+
+    @property
+    def due(self) -> bool:
+        """Whether the present weights are to be validated, and have not been."""
+        planned = self.step == self.budget or (self.step > 0 and self.step % self.every == 0)
+        return planned and self.step != self.validated
 
     @property
     def stopped(self) -> bool:
@@ -370,6 +380,12 @@ class _Run:
         ]
         loss = self.workers.total(math.fsum(value.item() for value in losses))
         loss /= len(self.validation)
+        with _whole():
+            self.note(averaged, loss)
+
+    def note(self, averaged: Model, loss: float) -> None:
+        """Keep what a validation has found."""
+        self.validated = self.step
         # The last steps of a run gain little each, and all are kept; patience asks for more.
         if loss < self.best_loss:
             self.best.load_state_dict(averaged.state_dict())
@@ -400,6 +416,7 @@ class _Run:
         progress = {
             "step": self.step,
             "budget": self.budget,
+            "validated": self.validated,
             "bad": self.bad,
             "best": self.best_loss if math.isfinite(self.best_loss) else None,
             "bar": self.bar if math.isfinite(self.bar) else None,
@@ -420,6 +437,17 @@ class _Run:
         self.step, self.budget, self.bad = progress["step"], progress["budget"], progress["bad"]
         self.best_loss = math.inf if progress["best"] is None else progress["best"]
         self.bar = self.best_loss if progress.get("bar") is None else progress["bar"]
+        self.validated = progress.get("validated", self.step)
+        if self.workers.first and self.history.exists():
+            # Validations after the checkpoint, before a kill, are done again.
+            header, *rows = self.history.read_bytes().splitlines(keepends=True) or [b""]
+            steps = [row.split(b",")[0] for row in rows]
+            kept = [
+                row
+                for row, step in zip(rows, steps, strict=True)
+                if step.isdigit() and int(step) <= self.validated
+            ]
+            self.history.write_bytes(b"".join([header, *kept]))
         self.stopwatch.before = progress["seconds"]
         # A run that has taken all its steps only writes its bundle here.
         here = self.machines if self.step < self.budget and not self.stopped else []
@@ -459,12 +487,17 @@ def _optimizers(model: Model, settings: TrainSettings) -> list[torch.optim.Optim
     kernels = [p for name, p in parameters.items() if p.ndim >= 2 and not model.is_edge(name)]
     chosen = {id(p) for p in kernels}
     rest = [p for p in parameters.values() if id(p) not in chosen]
-    betas = (0.9, 0.99)
-    adamw = torch.optim.AdamW(rest, lr=settings.adamw_learning_rate, betas=betas, weight_decay=0.0)
-    if settings.optimizer == "muon":
-        return [adamw, Muon(kernels, lr=settings.learning_rate)]
-    adamw.add_param_group({"params": kernels, "lr": settings.learning_rate})
-    return [adamw]
+    vectors = {"params": rest, "lr": settings.adamw_learning_rate}
+    matrices = {"params": kernels, "lr": settings.learning_rate}
+    muon = settings.optimizer == "muon"
+    # What is frozen may leave none of one sort, and no optimizer takes nothing.
+    by_adamw = [group for group in ([vectors] if muon else [vectors, matrices]) if group["params"]]
+    optimizers: list[torch.optim.Optimizer] = []
+    if by_adamw:
+        optimizers.append(torch.optim.AdamW(by_adamw, betas=(0.9, 0.99), weight_decay=0.0))
+    if muon and kernels:
+        optimizers.append(Muon(kernels, lr=settings.learning_rate))
+    return optimizers
 
 
 def _bfloat16_pays(device: torch.device) -> bool:

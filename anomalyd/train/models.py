@@ -81,13 +81,15 @@ def assemble(
             )
         from anomalyd.density.companions import Companions
 
-        local = build("pixelcnn", spec, recipe.local)
-        vae = None if recipe.vae is None else build("vae", spec, recipe.vae)
+        local = build("pixelcnn", spec, recipe.local, table="local")
+        vae = None if recipe.vae is None else build("vae", spec, recipe.vae, table="vae")
         model = Companions(model, local, vae)  # type: ignore[arg-type]
     if composed:
         from anomalyd.density.composed import Composed
 
-        classifier = build("classifier", spec, recipe.classifier or {}, classes)
+        classifier = build(
+            "classifier", spec, recipe.classifier or {}, classes, table="classifier"
+        )
         return Composed(model, classifier, priors)  # type: ignore[arg-type]
     for part in recipe.train.frozen:
         parts = [name for name, _ in model.named_modules() if name]
@@ -98,14 +100,22 @@ def assemble(
     return model
 
 
-def build(name: str, spec: ImageSpec, options: Mapping[str, Any], classes: int = 0) -> Model:
+def build(
+    name: str,
+    spec: ImageSpec,
+    options: Mapping[str, Any],
+    classes: int = 0,
+    *,
+    table: str = "density",
+) -> Model:
     """Make the model `name` for images of `spec`, with untrained weights.
 
     Args:
         name: a key of `MODELS`.
         spec: image shape and levels.
-        options: the recipe's [density] table, the keyword arguments of the class.
+        options: a table of the recipe, the keyword arguments of the class.
         classes: K where the images are labelled, 0 where they are not.
+        table: its name, for errors.
 
     Raises:
         UsageError: an unknown model or option, a value that the class refuses, classes that it
@@ -124,9 +134,10 @@ def build(name: str, spec: ImageSpec, options: Mapping[str, Any], classes: int =
         raise MissingExtra("torch", "train") from error
     signature = inspect.signature(model).parameters
     known = [p.name for p in signature.values() if p.kind is p.KEYWORD_ONLY]
+    where = f"recipe of {name} [{table}]"
     for key in options:
-        check_key(key, known, f"recipe of {name} [density]")
-        _check_option(key, signature[key].annotation, options[key], name)
+        check_key(key, known, where)
+        _check_option(key, signature[key].annotation, options[key], where)
     shape = ImageShape(spec.height, spec.width, spec.channels, spec.levels)
     takes_classes = "classes" in signature
     if classes and not takes_classes:
@@ -146,7 +157,7 @@ def out_of_memory(error: RuntimeError) -> bool:
     return any(words in str(error) for words in ("allocate memory", "out of memory"))
 
 
-def _check_option(key: str, kind: str, value: Any, model: str) -> None:
+def _check_option(key: str, kind: str, value: Any, where: str) -> None:
     """Refuse a value that the option's annotation in the class does not allow."""
     low = 0 if key in FROM_ZERO else 1
 
@@ -168,4 +179,4 @@ def _check_option(key: str, kind: str, value: Any, model: str) -> None:
         "str": ("text", isinstance(value, str)),
     }[kind]
     if not fits:
-        raise UsageError(f"recipe of {model} [density]: {key} must be {must}, not {value!r}")
+        raise UsageError(f"{where}: {key} must be {must}, not {value!r}")

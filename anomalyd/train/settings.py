@@ -25,7 +25,7 @@ class TrainSettings:
     )
     learning_rate: float = setting(0.006, help="of the kernels, at its peak", low=0.0)
     adamw_learning_rate: float = setting(0.002, help="of all other parameters", low=0.0)
-    warmup: int = setting(100, help="steps of linear warm-up", low=0)
+    warmup: int = setting(100, help="steps of linear warm-up, at most a tenth of the run", low=0)
     ema: float = setting(0.999, help="decay of the averaged weights, a step", low=0.0, high=1.0)
     clip: float = setting(1.0, help="largest gradient norm", low=0.0)
     bayes: float = setting(

@@ -70,8 +70,10 @@ def split(hashes: NDArray[np.uint64], groups: Sequence[str | None], *, seed: int
     goals["calibration"] = max(goals["calibration"], min(images_needed(WANTED_ALPHA), total // 3))
     if total < LITTLE:
         goals["validation"] += goals.pop("fit")
-    order = np.random.default_rng(seed).permutation(count)
     sizes = np.bincount(units, minlength=count)
+    order = np.random.default_rng(seed).permutation(count)
+    # Units larger than a split should be come last, and train: one could be most of the data.
+    order = order[np.argsort(sizes[order] > min(goals.values()), kind="stable")]
     owner = np.full(count, "train", dtype=object)
     position = 0
     for name, goal in goals.items():

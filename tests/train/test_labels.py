@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from anomalyd.errors import AlphaUnreachable, UsageError
 from anomalyd.sources import open_source
 from anomalyd.train.commands import export, train
 from anomalyd.train.compose import compose
+from anomalyd.train.recipe import recipe_of
 from anomalyd.train.weights import unpack_weights
 
 TRAIN = "[train]\nbatch_size = 32\ncheckpoint_seconds = 0.0\nepochs = 2.0\n"
@@ -160,6 +162,57 @@ def test_parts_that_do_not_go_together_are_refused(parts, bayes, tmp_path):
     with pytest.raises(UsageError, match="differ in their --seed"):
         compose(other, density, out=out, data=None, licence=None)
     assert not out.exists()
+
+
+@pytest.fixture
+def awkward(tmp_path, monkeypatch) -> dict[str, object]:
+    """DATA and a list of images to leave out whose names have spaces; two classes."""
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    Path("my data").mkdir()
+    data = "my data/it's.npz"
+    pixels = rng.integers(0, 60, (300, 8, 8), dtype=np.uint8)
+    np.savez(data, images=pixels, labels=np.array(["a", "b b"])[rng.integers(0, 2, 300)])
+    Path("left out.txt").write_text("".join(f"{data}#{row}\n" for row in range(20)))
+    return {"data": data, "exclude": Path("left out.txt")}
+
+
+def test_the_card_s_command_trains_the_same_again(awkward, tmp_path):
+    """As a shell reads it: names with spaces, what was left out, and the priors given."""
+    folder = tmp_path / "of mine"
+    folder.mkdir()
+    priors = {"a": 0.75, "b b": 0.25}
+    first = made("vae", folder=folder, density=SMALL, labels=True, priors=priors, **awkward)
+    card = read_bundle(first).read("CARD.md").decode()
+    command = next(line for line in card.splitlines() if line.startswith("    anomalyd train"))
+    assert main(shlex.split(command)[1:]) == 0
+    before, again = read_bundle(first), read_bundle(Path("again"))
+
+    assert again.manifest.data_digest == before.manifest.data_digest
+    assert again.manifest.priors == before.manifest.priors == [0.75, 0.25]
+    assert again.read("weights.safetensors") == before.read("weights.safetensors")
+
+
+def test_parts_that_left_out_the_same_images_compose(awkward, tmp_path):
+    """Their cards say which; gone, that is told. What is composed reads codes, and says so."""
+    folder = tmp_path / "of mine"
+    folder.mkdir()
+    classifier = made("classifier", folder=folder, density=SMALL, labels=True, **awkward)
+    density = made("vae", folder=folder, density=SMALL, more="codes = false\n", **awkward)
+    given = {"data": None, "licence": None}
+    awkward["exclude"].rename("moved.txt")
+    with pytest.raises(UsageError, match=r"--exclude left out\.txt, and there is no such file"):
+        compose(classifier, density, out=Path("joined"), **given)
+    Path("moved.txt").rename("left out.txt")
+    assert compose(classifier, density, out=Path("joined"), **given) == 0
+    joined = read_bundle(Path("joined"))
+
+    assert joined.manifest.data_digest == read_bundle(density).manifest.data_digest
+    assert joined.manifest.priors == read_bundle(classifier).manifest.priors
+    assert recipe_of(density).train.codes is False
+    assert recipe_of(Path("joined")).train.codes is True
+    card = joined.read("CARD.md").decode()
+    assert shlex.join(["anomalyd", "compose", str(classifier), str(density)]) in card
 
 
 def test_score_prints_labels_and_fdr_decides_what_is_novel(bayes, data, capsys):

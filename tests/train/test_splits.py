@@ -76,6 +76,16 @@ def test_one_group_is_refused_with_a_way_out():
         split(hashes(100), ["tile"] * 100)
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_a_group_that_is_most_of_the_data_trains(seed):
+    """A group of 600 among 1,000 images is in no held-out split, whatever the seed."""
+    groups = ["large"] * 600 + [f"small-{row // 5}" for row in range(400)]
+    splits = split(hashes(1_000), groups, seed=seed)
+
+    assert set(range(600)) <= set(splits.train.tolist())
+    assert len(splits.validation) == len(splits.calibration) == 100
+
+
 def test_near_duplicates_are_counted():
     """A held-out image that differs by one grey level from a training image is noticed."""
     rng = np.random.default_rng(0)

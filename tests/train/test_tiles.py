@@ -22,6 +22,7 @@ from anomalyd.images import ImageSpec
 from anomalyd.sources import open_source
 from anomalyd.train import loop
 from anomalyd.train.commands import export, train
+from anomalyd.train.compose import compose
 from anomalyd.train.data import Photographs, gather, per_tile, reopen
 from anomalyd.train.models import build
 from anomalyd.train.recipe import parse_recipe
@@ -240,6 +241,30 @@ def test_a_density_without_expectations_is_refused_before_it_trains(photographs,
             image_size=24,
             on_mismatch="tile",
         )
+
+
+def test_a_density_of_photographs_with_classes_is_refused_before_it_trains(tmp_path):
+    """The texture that scores photographs knows no classes, and no hour is spent to find out."""
+    for name in ("a", "b"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        Image.new("L", (40, 40)).save(tmp_path / "data" / name / "0.png")
+    given = {"data": str(tmp_path / "data"), "model": "gated-pixelcnn", "out": tmp_path / "x"}
+    with pytest.raises(UsageError, match="knows no classes; leave --labels out") as caught:
+        train(**given, labels=True, image_size=12, on_mismatch="tile")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "x.run").exists()
+
+
+def test_a_density_of_photographs_is_not_composed(bundle, tmp_path):
+    """Its score knows no classes, and a classifier beside it would not change that."""
+    rng = np.random.default_rng(0)
+    pixels, labels = rng.integers(0, 256, (40, 8, 8), dtype=np.uint8), np.arange(40) % 2
+    np.savez(tmp_path / "data.npz", images=pixels, labels=labels)
+    out = tmp_path / "classifier"
+    train(data=str(tmp_path / "data.npz"), model="classifier", out=out, labels=True, epochs=0.1)
+    with pytest.raises(UsageError, match="texture, which knows no classes") as caught:
+        compose(out, bundle, out=tmp_path / "x", data=None, licence=None)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_tile_larger_than_every_photograph_is_told(photographs, recipe, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import importlib
 import inspect
@@ -27,16 +28,17 @@ from anomalyd.detect.runtime import Session
 from anomalyd.errors import BundleError, ExportError, TrainingError, UsageError
 from anomalyd.images import ImageSpec
 from anomalyd.sources import open_source
-from anomalyd.train import bundling, checkpoint
+from anomalyd.train import bundling, checkpoint, loop
 from anomalyd.train.bundling import sample_count
 from anomalyd.train.card import history_of
 from anomalyd.train.commands import _image_spec, export, train
-from anomalyd.train.data import TrainingData, classes_of, dithered
+from anomalyd.train.data import TrainingData, classes_of, dithered, excluded, gather
 from anomalyd.train.export import check_parity, to_onnx
 from anomalyd.train.loop import fit
-from anomalyd.train.models import MODELS, build
+from anomalyd.train.models import MODELS, assemble, build
 from anomalyd.train.muon import Muon, orthogonalised
 from anomalyd.train.recipe import Recipe, default_recipe, parse_recipe
+from anomalyd.train.report import Strange, write_strangest
 from anomalyd.train.settings import TrainSettings
 from anomalyd.train.splits import split
 from anomalyd.train.weights import round_trained, start_from, unpack_weights
@@ -197,6 +199,25 @@ def test_excluded_images_are_left_out(bundle, more):
     assert kept <= all_images - 100
 
 
+def test_a_listing_may_have_names_with_commas_and_tells_of_those_it_misses(tmp_path, capsys):
+    """In a strangest.csv and in a plain list commas are read; what names no image is counted."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for name in ("a,b.png", "c.png", "d,e.png", "f.png"):
+        Image.new("L", (8, 8)).save(folder / name)
+    listed = [Strange(f"{folder}/{name}", 0.01, 3.0) for name in ("a,b.png", "gone.png")]
+    table, _ = write_strangest(tmp_path, listed, [np.zeros((8, 8, 1), np.uint8)] * 2)
+    with table.open("a") as file:
+        file.write(f"{folder}/d,e.png\n\n{folder}/c.png\n")
+    source = open_source(folder)
+    kept = gather(source, ImageSpec(8, 8, 1), tmp_path, exclude=excluded(table))
+
+    assert kept.names == [f"{folder}/f.png"]
+    said = capsys.readouterr().err
+    assert said.startswith("--exclude: 1 of 4 names are of no image of")
+    assert said.count("\n") == 1
+
+
 def test_companions_join_a_density_that_stays_as_it_was(bundle, fixture_data, tmp_path):
     """With main frozen only the companion learns; log p(x) stays."""
     beside = RECIPE.format(model="vae", density=VAE)
@@ -355,8 +376,6 @@ def test_interrupt_writes_a_checkpoint_and_says_how_to_go_on(
     fixture_data, tmp_path, monkeypatch, capsys
 ):
     """Ctrl-C in the middle of a step leaves a run of whole steps that --resume finishes."""
-    from anomalyd.train import loop
-
     step = loop._Run.train_step
 
     def interrupted(run: loop._Run) -> float:
@@ -388,6 +407,126 @@ def test_interrupt_writes_a_checkpoint_and_says_how_to_go_on(
             train(**(given | other), resume=True)
     assert train(**given, seed=0, resume=True) == 0
     assert "earlier" not in (tmp_path / "x.run" / "history.csv").read_text()
+
+
+def small_fit(
+    folder: Path, pixels: np.ndarray, settings: TrainSettings, **options
+) -> torch.Tensor:
+    """Train a PixelCNN of images of a few pixels; return its weights."""
+    folder.mkdir(exist_ok=True)
+    torch.manual_seed(0)
+    model = build("pixelcnn", ImageSpec(*pixels.shape[1:]), {"features": 4, "blocks": 0})
+    splits = split(np.arange(len(pixels), dtype=np.uint64), [None] * len(pixels))
+    fit(model, pixels, splits, settings, folder, device=torch.device("cpu"), **options)
+    return torch.cat([weight.flatten() for weight in model.parameters()])
+
+
+@pytest.mark.parametrize("evaluations", [1, 4])
+@pytest.mark.parametrize("moment", ["step", "validation"])
+def test_an_interrupt_about_a_validation_skips_none(evaluations, moment, tmp_path, monkeypatch):
+    """Stopped in the last step or the validation after it, it is resumed as if left alone."""
+    pixels = np.random.default_rng(0).integers(0, 40, (60, 4, 4, 1), dtype=np.uint8)
+    settings = TrainSettings(epochs=8.0, evaluations=evaluations)
+    whole = small_fit(tmp_path / "whole", pixels, settings)
+    step, rows_of = loop._Run.train_step, loop._Run.rows_of
+
+    def interrupted_step(run: loop._Run) -> float:
+        value = step(run)
+        if moment == "step" and run.step == run.budget:
+            signal.raise_signal(signal.SIGINT)
+        return value
+
+    def interrupted_rows(run: loop._Run, rows: np.ndarray, seed: list[int]) -> object:
+        if moment == "validation" and run.step == run.budget:
+            raise KeyboardInterrupt
+        return rows_of(run, rows, seed)
+
+    monkeypatch.setattr(loop._Run, "train_step", interrupted_step)
+    monkeypatch.setattr(loop._Run, "rows_of", interrupted_rows)
+    with pytest.raises(KeyboardInterrupt):
+        small_fit(tmp_path / "stopped", pixels, settings)
+    monkeypatch.undo()
+    resumed = small_fit(tmp_path / "stopped", pixels, settings, resume=True)
+
+    assert torch.equal(resumed, whole)
+    assert validations(tmp_path / "stopped") == validations(tmp_path / "whole")
+
+
+def validations(folder: Path) -> list[list[str]]:
+    """Step and loss of each row of history.csv, for times differ."""
+    with (folder / "history.csv").open(newline="") as file:
+        return [[row[0], row[-1]] for row in csv.reader(file)]
+
+
+def test_a_resumed_run_writes_each_validation_once(tmp_path, monkeypatch):
+    """Killed after a validation and before its checkpoint, it validates there again: one row."""
+    pixels = np.random.default_rng(0).integers(0, 40, (60, 4, 4, 1), dtype=np.uint8)
+    settings = TrainSettings(epochs=8.0, evaluations=4)
+    small_fit(tmp_path / "whole", pixels, settings)
+
+    def killed(run: loop._Run) -> None:
+        raise RuntimeError("killed")
+
+    def progress(step: int, **_: object) -> None:
+        if step == 3:  # and no checkpoint after it
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        small_fit(tmp_path / "killed", pixels, settings, progress=progress)
+    monkeypatch.setattr(loop._Run, "save", killed)
+    with pytest.raises(RuntimeError, match="killed"):
+        small_fit(tmp_path / "killed", pixels, settings, resume=True)
+    monkeypatch.undo()
+    assert len(validations(tmp_path / "killed")) == 5
+    small_fit(tmp_path / "killed", pixels, settings, resume=True)
+
+    assert validations(tmp_path / "killed") == validations(tmp_path / "whole")
+
+
+def test_validation_reads_all_of_its_split_evenly(tmp_path, monkeypatch):
+    """Of more images than it reads it takes every second: data sorted by class lose none."""
+    pixels = np.random.default_rng(0).integers(0, 40, (200, 4, 4, 1), dtype=np.uint8)
+    monkeypatch.setattr(loop, "VALIDATION_IMAGES", 10)
+    rows_of, seen = loop._Run.rows_of, []
+
+    def watched(run: loop._Run, rows: np.ndarray, seed: list[int]) -> object:
+        if seed[1] == 1:  # those of a validation
+            seen.extend(rows.tolist())
+        return rows_of(run, rows, seed)
+
+    monkeypatch.setattr(loop._Run, "rows_of", watched)
+    small_fit(tmp_path / "run", pixels, TrainSettings(epochs=0.1, evaluations=1))
+    rows = split(np.arange(200, dtype=np.uint64), [None] * 200).validation
+
+    assert len(rows) == 20
+    assert seen == rows[::2].tolist()
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+@pytest.mark.parametrize(
+    ("model", "frozen", "learns"),
+    [
+        ("classifier", ("encoder", "norm", "hidden"), "out."),
+        ("pixelcnn", ("first", "blocks", "last"), "pixel."),
+    ],
+)
+def test_a_readout_alone_trains(model, frozen, learns, optimizer, tmp_path):
+    """A linear probe has no hidden kernel: what is not frozen learns, and nothing else."""
+    settings = TrainSettings(frozen=frozen, optimizer=optimizer, epochs=1.0)
+    classes = 2 if model == "classifier" else 0
+    probe = assemble(Recipe(model, train=settings), ImageSpec(4, 4, 1), classes)
+    before = {name: value.clone() for name, value in probe.state_dict().items()}
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (60, 4, 4, 1), dtype=np.uint8)
+    splits = split(np.arange(60, dtype=np.uint64), [None] * 60)
+    labels = rng.integers(0, 2, 60) if classes else None
+    cpu = torch.device("cpu")
+    fit(probe, pixels, splits, settings, tmp_path, labels=labels, device=cpu)
+
+    after = probe.state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed
+    assert all(name.startswith(learns) for name in changed)
 
 
 def test_minutes_become_steps_that_a_resumed_run_keeps(fixture_data, tmp_path):
@@ -549,6 +688,10 @@ def test_muon_minimises():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (
+            {"model": "classifier", "labels": True, "priors": {"0": 0.8, "1": 0.2}},
+            "heeds no other",
+        ),
         ({"model": "pixelcm"}, "no such model"),
         ({"model": None}, "--model NAME"),
         ({"minutes": 1.0, "epochs": 1.0}, "contradict"),
@@ -678,6 +821,17 @@ def test_every_option_of_a_model_may_be_said(model):
     classes = 2 if model in ("classifier", "ccvae") else 0
 
     assert build(model, ImageSpec(8, 8, 1), options, classes).shape.height == 8
+
+
+def test_an_option_of_a_companion_is_told_by_its_table():
+    """What is wrong in [local] or [vae] is not said to stand in [density]."""
+    for wrong, words in (
+        ({"local": {"foo": 1}}, r"pixelcnn \[local\]: .*foo"),
+        ({"local": {"features": 0}}, r"pixelcnn \[local\]: features must be"),
+        ({"local": {}, "vae": {"featurs": 2}}, r"vae \[vae\]: .*featurs"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            assemble(Recipe("gated-pixelcnn", **wrong), ImageSpec(8, 8, 1))
 
 
 def test_a_start_without_a_kernel_in_common_is_refused():
