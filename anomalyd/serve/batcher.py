@@ -418,8 +418,10 @@ class Batcher(Generic[Job, Answer]):
         futures: list[asyncio.Future[Answer]],
         judging: asyncio.Future[Sequence[Answer | _Failure]],
     ) -> None:
+        held_up = self._unjudged >= UNJUDGED
         self._unjudged -= 1
-        self._wake(loop)
+        if held_up:  # else what waits had better gather until a run ends
+            self._wake(loop)
         failures = []
         for future, answer in zip(futures, judging.result(), strict=True):
             if isinstance(answer, _Failure):
