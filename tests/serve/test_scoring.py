@@ -41,14 +41,18 @@ def judge(daemon, pixels, gone=None, **asked):
     return asyncio.ensure_future(scorer.judge(model, list(pixels), asked, gone))
 
 
+async def until(holds):
+    while not holds():
+        await asyncio.sleep(0.001)
+
+
 def test_who_leaves_a_large_request_frees_what_of_it_still_waits(slow):
     """Though nothing waited before it came: its own images wait behind one another."""
 
     async def scenario():
         left = asyncio.Event()
         request = judge(slow, np.concatenate([FOUR, FOUR]), left.wait)
-        while slow.batcher.depth != 4:
-            await asyncio.sleep(0.001)
+        await until(lambda: slow.batcher.depth == 4)
         left.set()
         with pytest.raises(ClientGone):
             await request
@@ -66,12 +70,10 @@ def test_who_leaves_behind_a_slow_run_is_not_scored(slow):
 
     async def scenario():
         first = judge(slow, FOUR[:1])
-        while slow.batcher.depth or not slow.batcher._running:
-            await asyncio.sleep(0.001)
+        await until(lambda: slow.batcher._running and not slow.batcher.depth)
         left = asyncio.Event()
         second = judge(slow, FOUR[1:2], left.wait)
-        while slow.batcher.depth != 1:
-            await asyncio.sleep(0.001)
+        await until(lambda: slow.batcher.depth == 1)
         left.set()
         with pytest.raises(ClientGone):
             await second
